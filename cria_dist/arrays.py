@@ -1,0 +1,109 @@
+"""NumPy or CuPy, chosen once with a reason; the only file that imports cupy.
+
+Maths asks its arrays for their library (:func:`namespace`); what the array API lacks (sparse matrices, triangular
+solves, a few eigenpairs of a dense matrix, LOBPCG) is here, once per library.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal
+
+import array_api_compat
+import numpy as np
+import scipy.linalg
+import scipy.sparse
+import scipy.sparse.csgraph
+import scipy.sparse.linalg
+
+Array = Any
+"""An n-dimensional array of NumPy or CuPy."""
+Sparse = Any
+"""A CSR matrix of SciPy or cupyx."""
+
+
+@functools.cache
+def choose() -> tuple[Literal["numpy", "cupy"], str]:
+    """The array library analysts use on this machine, and why."""
+    if importlib.util.find_spec("cupy") is None:
+        return "numpy", "CuPy is not installed (extras gpu-cu12, gpu-cu13)"
+    import cupy  # imported only where it is installed, and only here
+
+    if not cupy.cuda.is_available():
+        return "numpy", "CuPy is installed but finds no CUDA device"
+    return "cupy", f"CuPy {cupy.__version__} finds {cupy.cuda.runtime.getDeviceCount()} CUDA device(s)"
+
+
+def to_device(x: Array, library: Literal["numpy", "cupy"]) -> Array:
+    """Move a NumPy array to the chosen library."""
+    if library == "numpy":
+        return np.asarray(x)
+    import cupy  # only reached when choose() found it
+
+    return cupy.asarray(x)
+
+
+def to_numpy(x: Array) -> Any:
+    """Bring an array back to NumPy."""
+    return x.get() if array_api_compat.is_cupy_array(x) else np.asarray(x)
+
+
+def namespace(*arrays: Array) -> Any:
+    """The array-API namespace of the arguments (mixed libraries are a TypeError)."""
+    return array_api_compat.array_namespace(*arrays)
+
+
+def _on_gpu(x: Array) -> bool:
+    return array_api_compat.is_cupy_array(x) or type(x).__module__.startswith("cupyx")
+
+
+def _cupyx(name: str) -> ModuleType:
+    return importlib.import_module(f"cupyx.scipy.{name}")
+
+
+def csr(data: Array, rows: Array, columns: Array, size: int) -> Sparse:
+    """Square CSR matrix from coordinates; duplicates are added."""
+    module = _cupyx("sparse") if _on_gpu(data) else scipy.sparse
+    return module.csr_matrix((data, (rows, columns)), shape=(size, size))
+
+
+def dense(matrix: Sparse) -> Array:
+    """The sparse matrix as a dense array."""
+    return matrix.toarray()
+
+
+def component_labels(matrix: Sparse) -> tuple[int, Array]:
+    """Number of connected components of an undirected graph and the component of each node."""
+    module = _cupyx("sparse.csgraph") if _on_gpu(matrix) else scipy.sparse.csgraph
+    count, labels = module.connected_components(matrix, directed=False)
+    return int(count), labels
+
+
+def solve_lower(factor_NN: Array, right_NM: Array, transposed: bool = False) -> Array:
+    """Solve ``L X = B`` (or ``L^T X = B``) with a lower triangular factor."""
+    module = _cupyx("linalg") if _on_gpu(factor_NN) else scipy.linalg
+    return module.solve_triangular(factor_NN, right_NM, lower=True, trans=1 if transposed else 0)
+
+
+def top_eigenpairs(symmetric_NN: Array, count: int) -> tuple[Array, Array]:
+    """The ``count`` largest eigenvalues (descending) and orthonormal eigenvectors of a dense symmetric matrix."""
+    size = symmetric_NN.shape[0]
+    if _on_gpu(symmetric_NN):
+        values, vectors = namespace(symmetric_NN).linalg.eigh(symmetric_NN)
+        values, vectors = values[size - count :], vectors[:, size - count :]
+    else:
+        values, vectors = scipy.linalg.eigh(symmetric_NN, subset_by_index=(size - count, size - 1), driver="evr")
+    return values[::-1], vectors[:, ::-1]
+
+
+def lobpcg(
+    operator: Sparse, start_NK: Array, metric: Sparse, preconditioner: Callable[[Array], Array], constraint_N1: Array
+) -> tuple[Array, Array]:
+    """Smallest generalised eigenpairs by LOBPCG, B-orthogonal to ``constraint_N1``; the caller checks residuals."""
+    module = _cupyx("sparse.linalg") if _on_gpu(start_NK) else scipy.sparse.linalg
+    size = start_NK.shape[0]
+    apply = module.LinearOperator((size, size), matvec=preconditioner, matmat=preconditioner, dtype=start_NK.dtype)
+    return module.lobpcg(
+        operator, start_NK, B=metric, M=apply, Y=constraint_N1, tol=1e-9, maxiter=200, largest=False
+    )

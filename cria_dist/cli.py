@@ -1,0 +1,139 @@
+"""The ``cria`` command: the stages of a run, one verb each; ``jobs/`` call the same functions."""
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cria_dist import config as configuration
+from cria_dist.errors import ConfigError, CriaError, DataError, PlanError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ConfigPath = Annotated[str, typer.Argument(help="TOML file of the run.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as often as needed.")]
+Folder = Annotated[Path, typer.Argument(help="Run folder.")]
+
+EXIT_USER_ERROR = 2
+EXIT_FAILURE = 1
+LOG_COLUMNS = 120
+VERBS: dict[str, str] = {
+    "record": "Observe the model on the calibration text: signals and moments of every site.",
+    "analyse": "Record, then score every site.",
+    "decide": "Record, analyse, then write plan.json.",
+    "apply": "Everything up to the pruned and repaired checkpoint.",
+    "recover": "Everything up to the recovered checkpoint.",
+    "evaluate": "Everything up to the measurements and the report.",
+    "prune": "The whole run: record, analyse, decide, apply, recover, evaluate, report.",
+}
+
+
+def main(arguments: Sequence[str], until: str) -> int:
+    """Run a job: ``CONFIG.toml [key=value ...]`` up to a stage; returns the exit code."""
+    if not arguments or arguments[0].startswith("-"):
+        return _complain(ConfigError("usage: CONFIG.toml [dotted.key=value ...]"))
+    return guarded(lambda: _run(arguments[0], arguments[1:], until))
+
+
+def guarded(action: Callable[[], None]) -> int:
+    """Run an action; one of our errors becomes one line on standard error and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        action()
+    except (ConfigError, DataError, PlanError) as error:
+        return _complain(error)
+    except CriaError as error:
+        sys.stderr.write(f"failed: {error}\nRun the same command again to continue from what is finished.\n")
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; run the same command again to continue from what is finished\n")
+        return EXIT_FAILURE
+    return 0
+
+
+def _complain(error: CriaError) -> int:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    return EXIT_USER_ERROR
+
+
+def _console() -> Console:
+    """The terminal as it is; in a job log wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LOG_COLUMNS)
+
+
+def _run(path: str, overrides: Sequence[str], until: str) -> None:
+    settings = configuration.load(path, overrides)
+    from cria_dist.runtime import launch  # ray, torch and transformers: seconds that --help and typos need not pay
+
+    console = _console()
+    stage = {"evaluate": "report", "prune": "report"}.get(until, until)
+    job, report = launch.run(settings, stage)
+    if report is None:
+        console.print(f"{until}: finished in {job.folder}", soft_wrap=True, highlight=False)
+        return
+    from cria_dist.report import tables
+
+    for table in (tables.variants_table(report), tables.comparison_table(report), tables.generations_table(report)):
+        console.print(table)
+    console.print(f"report: {job.folder / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _verb(name: str, config: ConfigPath, overrides: Overrides = None) -> None:
+    raise typer.Exit(main([config, *(overrides or [])], name))
+
+
+def _add_verbs() -> None:
+    for name, text in VERBS.items():
+        verb = functools.partial(_verb, name)
+        app.command(name, help=text)(verb)
+
+
+@app.command()
+def estimate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """What a run will take, from the configuration and the model's shapes; nothing is started."""
+
+    def action() -> None:
+        settings = configuration.load(config, overrides or [])
+        from cria_dist.stages.estimate import estimate as estimate_run  # transformers; see _run
+
+        table = Table("quantity", "value")
+        for name, value in estimate_run(settings).items():
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+        Console().print(table)
+
+    raise typer.Exit(guarded(action))
+
+
+@app.command()
+def status(folder: Folder) -> None:
+    """How far a run is, from its folder alone (no cluster needed)."""
+
+    def action() -> None:
+        from cria_dist.store.files import read_json
+
+        Console().print_json(json.dumps(read_json(folder / "progress.json")))
+
+    raise typer.Exit(guarded(action))
+
+
+@app.command()
+def report(folder: Folder) -> None:
+    """Draw report.html and the plots again from a finished run folder."""
+
+    def action() -> None:
+        from cria_dist.stages.redraw import redraw
+
+        Console().print(f"report: {redraw(folder)}", soft_wrap=True, highlight=False)
+
+    raise typer.Exit(guarded(action))
+
+
+_add_verbs()

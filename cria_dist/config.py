@@ -1,0 +1,264 @@
+"""Configuration of a run: a typed, frozen tree; unknown keys are errors; stored beside the result.
+
+TOML plus dotted overrides: ``load("demo.toml", ["prune.ratio=0.3", "run.workers=4"])``.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cria_dist.errors import ConfigError
+from cria_dist.methods import Cria, Method
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Repair = Literal["none", "bias", "least_squares"]
+RecordDtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class Section(BaseModel):
+    """Frozen and strict about unknown keys; each field's docstring is its documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The network to prune."""
+
+    path: str
+    """A local directory, a hub name (``org/model``), or ``builtin:smollm2-135m``."""
+    revision: str | None = None
+    """Hub revision (commit hash); pin it for a reproducible run."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Data type the model computes in; the checkpoint keeps the data type it is stored in."""
+
+
+class CorpusConfig(Section):
+    """One source of text."""
+
+    source: str = "builtin:pydoc"
+    """A local ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set name, or ``builtin:pydoc``."""
+    field: str = "text"
+    """Column of JSONL, Parquet and hub rows that holds the text."""
+    split: str = "train"
+    """Split of a hub data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set (``wikitext-2-raw-v1``)."""
+    part: Literal["all", "first", "second"] = "all"
+    """Use all documents, the first or the second half: one source can serve calibration and test without overlap."""
+
+
+class DataConfig(Section):
+    """Calibration and test text, cut into sequences of equal length."""
+
+    calibration: CorpusConfig = CorpusConfig(part="first")
+    """Text the neurons are observed on and the recovery trains on."""
+    test: CorpusConfig = CorpusConfig(part="second")
+    """Text the perplexity is measured on."""
+    sequence_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens per sequence."""
+    calibration_sequences: Annotated[int, Field(ge=1)] = 48
+    """Sequences recorded."""
+    test_sequences: Annotated[int, Field(ge=1)] = 16
+    """Sequences scored."""
+    max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Largest share of 64-token calibration windows that may occur in the test text."""
+
+
+class RecordConfig(Section):
+    """What is recorded of every site."""
+
+    tokens: Annotated[int, Field(ge=32)] = 4096
+    """Sampled tokens per site whose signals are stored (the graphs are built on them)."""
+    shard_sequences: Annotated[int, Field(ge=1)] = 8
+    """Sequences per shard. A shard is the unit of work and of resumption; it does not depend on the workers."""
+    batch_sequences: Annotated[int, Field(ge=1)] = 4
+    """Sequences per forward pass."""
+    dtype: RecordDtype = "auto"
+    """Data type of stored signals; ``auto`` is the model's. float16 that overflows is an error, never silent."""
+
+
+class PruneConfig(Section):
+    """How much is removed and how it is repaired."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share to remove; see ``budget`` for the share of what."""
+    budget: Literal["units", "parameters"] = "units"
+    """``units``: share of the neurons of every site. ``parameters``: share of all parameters of the dense model."""
+    multiple: Annotated[int, Field(ge=1)] = 8
+    """Widths are rounded down to a multiple of this (8 suits most kernels, 1 hits the ratio most closely)."""
+    rounds: Annotated[int, Field(ge=1, le=64)] = 1
+    """Record, analyse, decide, apply are repeated this often, each round with fresh scores on the smaller model."""
+    repair: Repair = "least_squares"
+    """What the surviving output weights do for the removed units."""
+    ridge: Annotated[float, Field(gt=0)] = 1e-4
+    """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix)."""
+
+
+class RecoverConfig(Section):
+    """Recovery fine-tuning on the calibration text (causal language modelling, Ray Train, AdamW)."""
+
+    steps: Annotated[int, Field(ge=0)] = 100
+    """Optimiser steps; 0 switches recovery off."""
+    workers: Annotated[int, Field(ge=1)] = 2
+    """Data-parallel workers."""
+    batch_sequences: Annotated[int, Field(ge=1)] = 8
+    """Sequences per optimiser step, over all workers; must be a multiple of ``workers``."""
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    """Tokens per training sequence."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate; linear warm-up over a tenth of the steps, then cosine to a tenth of the peak."""
+    train: Literal["all", "blocks"] = "blocks"
+    """``blocks`` leaves embeddings and head frozen (a third of the memory of a small model)."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between checkpoints."""
+
+
+class EvaluateConfig(Section):
+    """What is measured on each variant."""
+
+    batch_sequences: Annotated[int, Field(ge=1)] = 4
+    """Sequences per forward pass."""
+    latency_repeats: Annotated[int, Field(ge=0)] = 5
+    """Timed repeats per variant, alternating between variants; 0 switches latency off."""
+    prompts: tuple[str, ...] = (
+        "Question: What is the capital of France?\nAnswer:",
+        "In Python, a list comprehension is",
+        "The water boiled, and she",
+    )
+    """Prompts for the example generations."""
+    new_tokens: Annotated[int, Field(ge=1)] = 24
+    """Tokens generated per prompt (greedy)."""
+
+
+class RunSettings(Section):
+    """Where and with what the run is carried out. Nothing here changes a result."""
+
+    root: str = "runs"
+    """Folder that holds the run folders."""
+    folder: str | None = None
+    """Run folder; default ``<root>/<name>-<hash8>``."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Worker processes for record, analyse and evaluate; 0 means one per CPU (or per GPU)."""
+    pool: Literal["ray", "local"] = "ray"
+    """``local`` runs everything in this process (tests, debugging)."""
+    address: str | None = None
+    """Ray cluster to join (``auto`` inside a job); default: a private cluster on this machine."""
+
+
+class RunConfig(Section):
+    """One run, from model and text to pruned checkpoint and report."""
+
+    name: str = "run"
+    """Name of the run; letters, digits, dot, dash and underscore."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of token sampling, of the random method and of the recovery's data order."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    record: RecordConfig = RecordConfig()
+    method: Method = Cria()
+    prune: PruneConfig = PruneConfig()
+    recover: RecoverConfig = RecoverConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compare: tuple[Method, ...] = ()
+    """Methods shown beside ``method`` in the report: same ratio, one shot, with and without repair."""
+    run: RunSettings = RunSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_plain_name(cls, name: str) -> str:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError("a name starts with a letter or digit and has only letters, digits, '.', '_' and '-'")
+        return name
+
+    @field_validator("recover")
+    @classmethod
+    def _batch_divides(cls, recover: RecoverConfig) -> RecoverConfig:
+        if recover.batch_sequences % recover.workers:
+            raise ValueError(
+                f"recover.batch_sequences={recover.batch_sequences} is not a multiple of "
+                f"recover.workers={recover.workers}; choose a multiple"
+            )
+        return recover
+
+    def result_part(self) -> dict[str, Any]:
+        """Everything that can change a result, as plain data: all but ``run``."""
+        return self.model_dump(mode="json", exclude={"run"})
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with top-level sections replaced (validated again)."""
+        return type(self).model_validate({**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply ``dotted.key=value`` overrides.
+
+    Raises:
+        ConfigError: no such file, not TOML, an unknown key, or a value out of bounds.
+    """
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"configuration {str(path)!r} cannot be read ({error.strerror}); give a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration {str(path)!r} is not valid TOML: {error}") from error
+    for override in overrides:
+        _override(tree, override)
+    return parse(tree)
+
+
+def parse(tree: dict[str, Any]) -> RunConfig:
+    """Validate plain data; every complaint becomes one line that names key, value and rule."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_complaint(tree, dict(detail)) for detail in error.errors())) from None
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form dotted.key=value")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+    tree[leaf] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """A TOML value where it parses as one, else the text itself (so strings need no quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _complaint(tree: dict[str, Any], detail: dict[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"] if part not in METHOD_TAGS]
+    key = ".".join(location) or "configuration"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; known keys here: {', '.join(_known_keys(tree, location[:-1]))}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return f"missing key {key!r}; set it in the file or as {key}=VALUE"
+    return f"{key}={json.dumps(detail['input'], default=str)}: {message}"
+
+
+METHOD_TAGS = frozenset({"cria", "random", "magnitude"})
+
+
+def _known_keys(tree: dict[str, Any], parents: list[str]) -> list[str]:
+    section: Any = RunConfig
+    for parent in parents:
+        annotation = section.model_fields[parent].annotation if parent in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ["see the documentation of this method"]
+        section = annotation
+    return sorted(section.model_fields)

@@ -1,0 +1,69 @@
+"""The seam between a paper and the pipeline: statistics of one site in, a verdict on its units out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cria_dist.arrays import Array
+from cria_dist.records import Float64, Int32, Moments, Spectrum
+
+Statistic = Literal["signals", "moments", "weights"]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatistics:
+    """What a method may look at; fields it does not name in ``needs`` are None.
+
+    Attributes:
+        width: number of units N.
+        input_NM: pre-activation signals (for a gated MLP the gate and the up signal side by side), array of the
+            analyst's library, float32.
+        output_NM: post-activation signals of the same tokens.
+        moments: moments of the post-activation signals over all calibration tokens.
+        weight_norm_N: product of the norms of a unit's incoming rows and outgoing column (coupled magnitude).
+        output_norm_N: norm of a unit's column in the next linear map.
+        seed: seed for methods that draw numbers; differs per site.
+    """
+
+    width: int
+    input_NM: Array | None = None
+    output_NM: Array | None = None
+    moments: Moments | None = None
+    weight_norm_N: Float64 | None = None
+    output_norm_N: Float64 | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Scores of one site: higher means keep, ``-inf`` means dead."""
+
+    keep_N: Float64
+    edges_E2: Int32 | None = None
+    spectrum: Spectrum | None = None
+    facts: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class MethodBase(BaseModel):
+    """A published method: its configuration and its score in one frozen class."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    paper: ClassVar[str]
+    unit: ClassVar[str] = "mlp"
+
+    @property
+    def title(self) -> str:
+        """Name shown in tables."""
+        raise TypeError(f"{type(self).__name__} must define title")
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Which statistics :meth:`score` reads."""
+        raise TypeError(f"{type(self).__name__} must define needs")
+
+    def score(self, statistics: SiteStatistics) -> Verdict:
+        """Score the units of one site."""
+        raise TypeError(f"{type(self).__name__} must define score")

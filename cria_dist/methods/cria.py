@@ -1,0 +1,138 @@
+"""Cria: neuron-level spectral structural importance (arXiv 2605.18860)."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from cria_dist import arrays
+from cria_dist.arrays import Array
+from cria_dist.errors import NumericError
+from cria_dist.maths import graphs, importance, pencil
+from cria_dist.methods.base import MethodBase, SiteStatistics, Statistic, Verdict
+from cria_dist.records import Float64, Spectrum
+
+DEAD_SHARE = 1e-6
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "recommended": {
+        "spectrum": "full",
+        "output_weighting": True,
+        "neighbour_guard": True,
+        "dead_first": True,
+    },
+}
+
+
+class Cria(MethodBase):
+    """Spectral structural importance: how much a neuron takes part in the distortion between two graphs.
+
+    Both graphs are over the same neurons: the input graph joins neurons with similar pre-activation signals, the output
+    graph those with similar post-activation signals (k nearest neighbours, unit weights, united, connected). With the
+    pencil ``L_X v = zeta L_Y v`` an edge scores ``sum_i zeta_i (v_i(p) - v_i(q))^2`` and a neuron the mean of its
+    edges in the input graph. Low participation is redundancy.
+
+    The defaults are the paper's setting; everything beyond it is off unless named or asked for by ``preset``.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2605.18860"
+
+    name: Literal["cria"] = "cria"
+    preset: Literal["paper", "recommended"] = "paper"
+    """Starting values of the options below; what is set explicitly wins."""
+    neighbours: Annotated[int, Field(ge=1, le=256)] = 10
+    """k of the nearest-neighbour graphs (SPADE's code: 10)."""
+    eigenpairs: Annotated[int, Field(ge=1)] = 10
+    """s, the dominant eigenpairs of the score when ``spectrum`` is ``top``."""
+    spectrum: Literal["top", "full"] = "top"
+    """``full``: the limit of all eigenpairs; steadier at the low end of the ranking, where pruning happens."""
+    output_weighting: bool = False
+    """Multiply by std(activation) x norm of the output column: what the next layer reads of the neuron."""
+    neighbour_guard: bool = False
+    """Take at most one of each neighbourhood while others are left, so that near-duplicates do not all fall."""
+    dead_first: bool = False
+    """Neurons whose output never varies go first and stay out of the graphs (they would be hubs)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**PRESETS.get(values.get("preset", "paper"), {}), **values}
+
+    @property
+    def title(self) -> str:
+        """Name shown in tables."""
+        return f"cria ({self.preset})"
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Signals for the graphs; moments and weights only for the output weighting."""
+        return frozenset({"signals", "moments", "weights"} if self.output_weighting else {"signals"})
+
+    def score(self, statistics: SiteStatistics) -> Verdict:
+        """Score the neurons of one site.
+
+        Raises:
+            NumericError: non-finite signals, too few live neurons, or eigenpairs that did not converge.
+        """
+        input_NM, output_NM = statistics.input_NM, statistics.output_NM
+        if input_NM is None or output_NM is None:
+            raise NumericError("cria needs recorded signals; run the record stage with this method")
+        alive_N = self._alive(output_NM)
+        live = np.flatnonzero(alive_N)
+        if live.size <= self.neighbours + 1:
+            raise NumericError(
+                f"{live.size} of {alive_N.size} neurons are alive, method.neighbours={self.neighbours} needs at least "
+                f"{self.neighbours + 2}; lower method.neighbours"
+            )
+        rows = arrays.namespace(input_NM).asarray(live)
+        verdict = self._score_live(input_NM[rows], output_NM[rows])
+        keep_N = np.full(statistics.width, -np.inf)
+        keep_N[live] = verdict.keep_N
+        if self.output_weighting:
+            keep_N[live] *= _read_by_next_layer(statistics)[live]
+        edges_E2 = None if verdict.edges_E2 is None else live[verdict.edges_E2].astype(np.int32)
+        facts = {**verdict.facts, "dead": float(alive_N.size - live.size)}
+        return Verdict(keep_N, edges_E2, verdict.spectrum, facts)
+
+    def _alive(self, output_NM: Array) -> np.ndarray:
+        if not self.dead_first:
+            return np.ones(output_NM.shape[0], dtype=bool)
+        deviation_N = arrays.to_numpy(arrays.namespace(output_NM).std(output_NM, axis=1))
+        return deviation_N > DEAD_SHARE * deviation_N.max()
+
+    def _score_live(self, input_NM: Array, output_NM: Array) -> Verdict:
+        size = input_NM.shape[0]
+        input_edges, input_parts = self._graph(input_NM)
+        output_edges, output_parts = self._graph(output_NM)
+        left, right = graphs.laplacian(input_edges, size), graphs.laplacian(output_edges, size)
+        if self.spectrum == "full":
+            edge_scores = pencil.full_distortion_of_edges(left, right, input_edges)
+            complete = size <= pencil.DENSE_LIMIT
+            values = pencil.all_eigenvalues(left, right) if complete else pencil.top_eigenpairs(left, right, 16)[0]
+            spectrum = Spectrum(arrays.to_numpy(values), float("nan"), complete)
+        else:
+            values, vectors, residual = pencil.top_eigenpairs(left, right, min(self.eigenpairs, size - 1))
+            edge_scores = pencil.distortion_of_edges(values, vectors, input_edges)
+            spectrum = Spectrum(arrays.to_numpy(values), residual, complete=False)
+        node_scores = importance.mean_over_neighbours(edge_scores, input_edges, size)
+        facts = {
+            "input_components": float(input_parts),
+            "output_components": float(output_parts),
+            "input_max_degree": float(graphs.degrees(input_edges, size).max()),
+            "output_max_degree": float(graphs.degrees(output_edges, size).max()),
+        }
+        guard_edges = arrays.to_numpy(input_edges) if self.neighbour_guard else None
+        return Verdict(arrays.to_numpy(node_scores), guard_edges, spectrum, facts)
+
+    def _graph(self, signals_NM: Array) -> tuple[Array, int]:
+        neighbours = graphs.nearest_neighbours(signals_NM, self.neighbours)
+        return graphs.connect(signals_NM, graphs.union_edges(neighbours))
+
+
+def _read_by_next_layer(statistics: SiteStatistics) -> Float64:
+    if statistics.moments is None or statistics.output_norm_N is None:
+        raise NumericError("method.output_weighting needs moments and weights; run the record stage with this method")
+    return statistics.moments.std_N * statistics.output_norm_N

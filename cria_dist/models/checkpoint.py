@@ -1,0 +1,212 @@
+"""Checkpoints on disk: find, describe, read tensors, load. Safetensors only, no remote code."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from cria_dist.errors import ConfigError, DataError
+from cria_dist.models.builtin import resolve_builtin
+from cria_dist.models.family import ModelDict
+from cria_dist.store.files import digest, write_json, write_with
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SAMPLE_BYTES = 1 << 20
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
+
+
+def locate(path: str, revision: str | None) -> Path:
+    """The local directory of a checkpoint: built in, local, or downloaded from the hub.
+
+    Raises:
+        ConfigError: it does not exist or has no safetensors weights.
+    """
+    builtin = resolve_builtin(path)
+    if builtin is not None:
+        return builtin
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        directory = _download(path, revision)
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model.path={path!r} has no config.json; give a directory in transformers format")
+    if not (directory / WEIGHTS).is_file() and not (directory / INDEX).is_file():
+        raise ConfigError(
+            f"model.path={path!r} has no {WEIGHTS}; convert it with model.save_pretrained(..., safe_serialization=True)"
+        )
+    return directory.resolve()
+
+
+def _download(path: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ConfigError(f"model.path={path!r} is not a directory; give an existing directory or a hub name org/model")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path={path!r} is neither a directory nor reachable on the hub ({reason}); check the name"
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The checkpoint's config.json."""
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+
+
+def weight_files(directory: Path) -> dict[str, list[str]]:
+    """Tensor names per safetensors file, in file order."""
+    if (directory / INDEX).is_file():
+        index: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files: dict[str, list[str]] = {}
+        for name, file in sorted(index.items()):
+            files.setdefault(file, []).append(name)
+        return dict(sorted(files.items()))
+    with safe_open(directory / WEIGHTS, framework="pt") as handle:
+        return {WEIGHTS: list(handle.keys())}
+
+
+def fingerprint(directory: Path) -> str:
+    """Digest of config.json and, per weight file, its size, its first, middle and last MiB.
+
+    Hashing all of a 70B checkpoint would take minutes; an edited tensor outside the sampled ranges goes unnoticed.
+    """
+    parts: list[object] = [(directory / "config.json").read_bytes()]
+    for file in weight_files(directory):
+        size = (directory / file).stat().st_size
+        parts += [file, size]
+        with (directory / file).open("rb") as handle:
+            for start in (0, size // 2, max(0, size - SAMPLE_BYTES)):
+                handle.seek(start)
+                parts.append(handle.read(SAMPLE_BYTES))
+    return digest(*parts)
+
+
+@contextmanager
+def open_tensors(directory: Path) -> Iterator["TensorReader"]:
+    """Read single tensors of a checkpoint without loading the rest."""
+    reader = TensorReader(directory)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+class TensorReader:
+    """Lazily opened safetensors files of one checkpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._file_of = {name: file for file, names in weight_files(directory).items() for name in names}
+        self._handles: dict[str, Any] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor.
+
+        Raises:
+            DataError: the checkpoint has no tensor of this name.
+        """
+        if name not in self._file_of:
+            raise DataError(f"checkpoint {self._directory} has no tensor {name!r}; is config.json of another model?")
+        file = self._file_of[name]
+        if file not in self._handles:
+            self._handles[file] = safe_open(self._directory / file, framework="pt").__enter__()
+        return self._handles[file].get_tensor(name)
+
+    def close(self) -> None:
+        """Close every file."""
+        for handle in self._handles.values():
+            handle.__exit__(None, None, None)
+
+
+def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
+    """The architecture on the meta device: shapes without memory."""
+    parsed = AutoConfig.for_model(**config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
+
+
+def count_parameters(config: ModelDict) -> int:
+    """Parameters of the architecture, tied weights once."""
+    return sum(parameter.numel() for parameter in empty_model(config).parameters())
+
+
+def load_model(directory: Path, dtype: str) -> PreTrainedModel:
+    """Load a checkpoint for inference, through the stock class."""
+    transformers_logging.disable_progress_bar()  # the run has its own
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True, local_files_only=True
+    )
+    return model.eval()
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"no tokenizer in {directory} ({reason}); put tokenizer.json beside the weights") from error
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one weight file atomically."""
+    write_with(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
+
+
+def finish(source: Path, target: Path, config: Mapping[str, Any]) -> None:
+    """Complete a checkpoint whose weight files are written: index, tokenizer and side files, ``config.json`` last."""
+    if (source / INDEX).is_file():
+        _write_index(target, list(weight_files(source)))
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.name not in {"config.json", INDEX}:
+                shutil.copyfile(path, target / path.name)
+    write_json(target / "config.json", dict(config))
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    return (directory / "config.json").is_file()
+
+
+def write_like(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write new values for the tensors of a checkpoint in the same files and data types.
+
+    Args:
+        source: checkpoint whose layout, config and side files are taken over.
+        target: folder to fill.
+        state: tensors by name; names the source does not store (tied copies) are left out.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for file, names in weight_files(source).items():
+        with safe_open(source / file, framework="pt") as handle:
+            dtypes = {name: handle.get_tensor(name).dtype for name in names}
+        tensors = {name: state[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
+        write_weights(target / file, tensors)
+    finish(source, target, read_config(source))
+
+
+def _write_index(target: Path, files: list[str]) -> None:
+    locations: dict[str, str] = {}
+    total = 0
+    for file in files:
+        with safe_open(target / file, framework="pt") as handle:
+            locations |= dict.fromkeys(handle.keys(), file)
+        total += (target / file).stat().st_size
+    write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": locations})

@@ -1,0 +1,150 @@
+"""Removing units for good: rows and columns leave the tensors, the width leaves the config."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from cria_dist.errors import PlanError
+from cria_dist.models import checkpoint
+from cria_dist.models.family import GatedMlpFamily, ModelDict
+from cria_dist.records import Site
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """One removal, ready to be carried out on a checkpoint or on a loaded model.
+
+    Attributes:
+        family: adapter of the model.
+        config: config of the model operated on.
+        kept: surviving indices per site key, in the numbering of the model operated on.
+        repair: folder with replacement tensors of the repair, or None.
+        output_bias: the repair adds a bias to every output map.
+    """
+
+    family: GatedMlpFamily
+    config: ModelDict
+    kept: Mapping[str, tuple[int, ...]]
+    repair: Path | None = None
+    output_bias: bool = False
+
+    def pruned_config(self) -> dict[str, object]:
+        """Config of the pruned model."""
+        return self.family.narrowed(self.config, {key: len(kept) for key, kept in self.kept.items()}, self.output_bias)
+
+    def selections(self) -> dict[str, tuple[torch.Tensor, int]]:
+        """For each tensor that changes: the kept indices and the dimension they select along.
+
+        Raises:
+            PlanError: the plan names a site the model does not have, or an index beyond its width.
+        """
+        widths = self.family.widths(self.config)
+        chosen: dict[str, tuple[torch.Tensor, int]] = {}
+        for key, kept in self.kept.items():
+            site = Site.from_key(key)
+            if site not in widths or not kept or max(kept) >= widths[site]:
+                raise PlanError(f"the plan does not fit the model at {key}: {len(kept)} units, width {widths.get(site)}")
+            index = torch.tensor(kept, dtype=torch.int64)
+            for name, dim in self.family.coupled_tensors(site, self.config).items():
+                chosen[name] = (index, dim)
+        return chosen
+
+    def replacements(self) -> dict[str, torch.Tensor]:
+        """Tensors the repair re-solved or added, by name."""
+        if self.repair is None:
+            return {}
+        return {
+            name: tensor for key in self.kept for name, tensor in load_file(self.repair / f"{key}.safetensors").items()
+        }
+
+    def zero_biases(self) -> dict[str, int]:
+        """Names and sizes of input biases that exist only because the repair gave the output map one."""
+        if not self.output_bias or self.family.has_bias(self.config):
+            return {}
+        sites = {key: self.family.modules(Site.from_key(key)) for key in self.kept}
+        return {
+            f"{name}.bias": len(self.kept[key]) for key, modules in sites.items() for name in modules.inputs.values()
+        }
+
+
+def pruned_copy(model: PreTrainedModel, surgery: Surgery) -> PreTrainedModel:
+    """The pruned model in memory, sharing the tensors that did not change."""
+    selections, replacements = surgery.selections(), surgery.replacements()
+    state = {name: _operate(name, tensor, selections, replacements) for name, tensor in model.state_dict().items()}
+    for name, size in surgery.zero_biases().items():
+        state[name] = torch.zeros(size, dtype=model.dtype)
+    state |= {name: tensor.to(model.dtype) for name, tensor in replacements.items() if name not in state}
+    pruned = checkpoint.empty_model(surgery.pruned_config())
+    pruned.load_state_dict(state, strict=True, assign=True)
+    pruned.tie_weights()
+    _copy_buffers(model, pruned)
+    return pruned.eval()
+
+
+def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
+    """Write the pruned checkpoint, one weight file in memory at a time; files that are there are kept.
+
+    Args:
+        source: checkpoint to prune.
+        target: folder to fill; complete when it holds ``config.json``, which is written last.
+        surgery: what to remove and repair.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    selections, replacements = surgery.selections(), surgery.replacements()
+    files = checkpoint.weight_files(source)
+    locations = {name: file for file, names in files.items() for name in names}
+    for file, names in files.items():
+        if not (target / file).exists():
+            tensors = _read_pruned(source / file, names, selections, replacements)
+            tensors |= _additions(file, locations, surgery, replacements, next(iter(tensors.values())).dtype)
+            checkpoint.write_weights(target / file, tensors)
+    checkpoint.finish(source, target, surgery.pruned_config())
+
+
+def _operate(
+    name: str,
+    tensor: torch.Tensor,
+    selections: Mapping[str, tuple[torch.Tensor, int]],
+    replacements: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    if name in replacements:
+        return replacements[name].to(tensor.dtype)
+    if name in selections:
+        index, dim = selections[name]
+        return tensor.index_select(dim, index.to(tensor.device)).contiguous()
+    return tensor
+
+
+def _read_pruned(
+    path: Path,
+    names: list[str],
+    selections: Mapping[str, tuple[torch.Tensor, int]],
+    replacements: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as handle:
+        return {name: _operate(name, handle.get_tensor(name), selections, replacements) for name in names}
+
+
+def _additions(
+    file: str,
+    locations: Mapping[str, str],
+    surgery: Surgery,
+    replacements: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """New tensors (biases of the repair) go into the file that holds the weight they belong to."""
+    new = {name: tensor.to(dtype) for name, tensor in replacements.items() if name not in locations}
+    new |= {name: torch.zeros(size, dtype=dtype) for name, size in surgery.zero_biases().items()}
+    return {name: tensor for name, tensor in new.items() if locations[name.replace(".bias", ".weight")] == file}
+
+
+def _copy_buffers(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Buffers outside the state dict (rotary frequencies) are still on the meta device; take the dense model's."""
+    for name, buffer in source.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        target.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)

@@ -1,0 +1,82 @@
+"""What every step of the pipeline shares: the checked job, the pool, the trainer, the progress display."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cria_dist.pool import Pool
+from cria_dist.records import StageTime
+from cria_dist.report.progress import Bar, Progress
+from cria_dist.stages.prepare import Job
+from cria_dist.stages.recover import RecoverTask
+from cria_dist.store import files
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Train = Callable[[RecoverTask, str, Path], None]
+"""Carries out a recovery: task, a name that is unique to it, folder for the trainer's own files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The surroundings of a run.
+
+    Attributes:
+        job: what to do.
+        pool: where work items run.
+        train: how a recovery is carried out.
+        progress: what the user sees.
+    """
+
+    job: Job
+    pool: Pool
+    train: Train
+    progress: Progress
+
+    @contextmanager
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Bar]:
+        """Show a stage, and add its seconds to the run's books (a resumed stage adds up)."""
+        started = time.monotonic()
+        try:
+            with self.progress.stage(name, total=total, unit=unit) as bar:
+                yield bar
+        finally:
+            self._book(name, time.monotonic() - started)
+
+    def map(
+        self,
+        stage: tuple[str, str],
+        make_worker: Callable[[], Callable[[Item], Result]],
+        items: Sequence[Item],
+        tokens: Callable[[Result], int] = lambda _: 0,
+        workers: int | None = None,
+    ) -> dict[Item, Result]:
+        """Run items on the pool under a progress bar; ``stage`` is (name, unit). No items, no stage."""
+        results: dict[Item, Result] = {}
+        if not items:
+            return results
+        name, unit = stage
+        with self.stage(name, len(items), unit) as bar:
+            for item, result in self.pool.map(make_worker, items, workers):
+                results[item] = result
+                bar.advance(1, tokens=tokens(result))
+        return results
+
+    def stage_times(self) -> tuple[StageTime, ...]:
+        """Seconds per stage over all invocations of the run."""
+        path = self._books
+        times = files.read_json(path) if path.is_file() else []
+        return tuple(StageTime(stage, seconds) for stage, seconds in times)
+
+    @property
+    def _books(self) -> Path:
+        return self.job.folder / "timings.json"
+
+    def _book(self, name: str, seconds: float) -> None:
+        times = {entry.stage: entry.seconds for entry in self.stage_times()}
+        times[name] = times.get(name, 0.0) + seconds
+        files.write_json(self._books, list(times.items()))

@@ -1,0 +1,203 @@
+"""After the decision: recover, measure every variant, compare methods, prove that the checkpoint loads, report."""
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cria_dist.methods import Method
+from cria_dist.models import checkpoint
+from cria_dist.pipeline import rounds
+from cria_dist.pipeline.context import Context
+from cria_dist.pipeline.rounds import Model
+from cria_dist.records import Evaluation, Generation, PruningPlan, Report, SiteEvidence
+from cria_dist.report.versions import machine_and_versions
+from cria_dist.stages import demonstrate, evaluate, recover, verify
+from cria_dist.stages.evaluate import Variant
+from cria_dist.stages.redraw import site_evidence
+from cria_dist.store import files
+from cria_dist.store.recording import Recording
+
+
+DigestedVariant = tuple[Variant, str]
+"""A variant and the digest of its weights, or of what they are computed from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was found out about the result."""
+
+    variants: Sequence[Evaluation]
+    comparison: Sequence[Evaluation]
+    generations: tuple[Generation, ...]
+    loss_path: Path | None
+    loaders: Mapping[str, str]
+
+
+def loss_path(context: Context, pruned: Model) -> Path:
+    """Loss log of the recovery of a pruned model."""
+    return context.job.folder / "recover" / f"loss-{_recovery_digest(context, pruned)[:8]}.jsonl"
+
+
+def _recovery_digest(context: Context, pruned: Model) -> str:
+    job = context.job
+    return files.digest(
+        "recover", pruned.digest, job.digests["calibration_tokens"], job.config.recover.model_dump(), job.config.seed
+    )
+
+
+def recover_model(context: Context, pruned: Model) -> Model | None:
+    """Fine-tune the pruned checkpoint; None when recovery is switched off."""
+    job, config = context.job, context.job.config.recover
+    if not config.steps:
+        return None
+    digest = _recovery_digest(context, pruned)
+    target = job.folder / "recovered"
+    mark = job.folder / "recover" / "done.json"
+    log_path = loss_path(context, pruned)
+    if mark.is_file() and files.read_json(mark) == {"digest": digest} and checkpoint.is_complete(target):
+        context.progress.note(f"recover: complete, {config.steps} steps")
+        return Model(target, digest, pruned.plan)
+    task = recover.RecoverTask(pruned.directory, job.calibration_path, target, log_path, config, job.config.seed)
+    context.pool.release()
+    with context.stage("recover", config.steps, "steps") as bar:
+        with recover.following(log_path, bar.advance, config.batch_sequences * config.sequence_length):
+            context.train(task, f"recover-{digest[:12]}", job.folder / "recover")
+    files.write_json(mark, {"digest": digest})
+    return Model(target, digest, pruned.plan)
+
+
+def comparison_variants(context: Context, recording: Recording) -> list[DigestedVariant]:
+    """Prune by every method of ``compare`` in one shot at the same ratio: variants with and without repair."""
+    dense = rounds.dense_model(context)
+    variants: list[DigestedVariant] = []
+    for index, method in enumerate(context.job.config.compare):
+        folder = context.job.folder / "comparison" / f"{index:02d}-{method.name}"
+        name = f"compare {method.title}"
+        analysis = rounds.analyse_sites(context, f"{name}: analyse", folder, recording, dense, method)
+        last = context.job.config.prune.rounds - 1
+        plan = rounds.decide_round(context, folder, dense, method, analysis, last)
+        repaired = rounds.repair_sites(context, f"{name}: repair", folder, recording, dense, plan)
+        variants += plan_variants(context, method, plan, folder / "plan.json", repaired)
+    return variants
+
+
+def plan_variants(
+    context: Context, method: Method, plan: PruningPlan, plan_path: Path, repaired: Path | None
+) -> list[DigestedVariant]:
+    """The dense model pruned by a plan in memory, without and with repair, each with a digest of its weights."""
+    job = context.job
+    bare = Variant(method.title, job.model_dir, method.title, "none", plan_path)
+    variants = [(bare, files.digest(job.digests["model"], plan.to_json()))]
+    if repaired is not None:
+        kind = job.config.prune.repair
+        whole = replace(bare, repair=kind, repair_dir=repaired)
+        variants.append((whole, files.digest(job.digests["model"], plan.to_json(), kind, job.config.prune.ridge)))
+    return variants
+
+
+def main_variants(
+    context: Context, dense: Model, pruned: Model, recovered: Model | None
+) -> list[DigestedVariant]:
+    """Dense, pruned without repair, repaired, recovered, as far as they exist."""
+    job, method = context.job, context.job.config.method
+    if pruned.plan is None:
+        raise TypeError("a pruned model has a plan")
+    last_plan = rounds.round_folder(context, job.config.prune.rounds - 1) / "plan.json"
+    variants = [(Variant("dense", job.model_dir), dense.digest)]
+    bare = Variant("pruned", job.model_dir, method.title, "none", last_plan)
+    if job.config.prune.repair == "none":
+        variants.append((Variant("pruned", pruned.directory, method.title), pruned.digest))
+    else:
+        variants.append((bare, files.digest(dense.digest, pruned.plan.to_json())))
+        repaired = Variant("repaired", pruned.directory, method.title, job.config.prune.repair)
+        variants.append((repaired, pruned.digest))
+    if recovered is not None:
+        kind = job.config.prune.repair
+        variants.append((Variant("recovered", recovered.directory, method.title, kind), recovered.digest))
+    return variants
+
+
+def evaluate_variants(context: Context, variants: Sequence[DigestedVariant]) -> list[Evaluation]:
+    """Perplexity and size of every variant, in order; measured ones are read back."""
+    job, settings = context.job, context.job.config.evaluate
+    paths = {}
+    for variant, digest in variants:
+        key = files.digest("evaluate", digest, job.digests["test_tokens"], settings.batch_sequences, job.config.model.dtype)
+        paths[variant] = job.folder / "evaluations" / f"{key[:16]}.json"
+    missing = [variant for variant, path in paths.items() if not path.is_file()]
+    make = functools.partial(
+        evaluate.PerplexityMeter, job.test_path, job.config.model.dtype, settings.batch_sequences, paths
+    )
+    context.map(("evaluate", "variants"), make, missing, tokens=lambda done: done.scored_tokens)
+    return [
+        replace(Evaluation(**files.read_json(path)), label=variant.label, method=variant.method, repair=variant.repair)
+        for variant, path in paths.items()
+    ]
+
+
+def demonstrate_variants(
+    context: Context, variants: Sequence[DigestedVariant], evaluations: Sequence[Evaluation]
+) -> tuple[list[Evaluation], tuple[Generation, ...]]:
+    """Add latency to the evaluations, and let every variant write the example texts."""
+    job, settings = context.job, context.job.config.evaluate
+    key = files.digest("demonstrate", [digest for _, digest in variants], settings.model_dump(), job.digests["test_tokens"])
+    path = job.folder / "evaluations" / f"demonstration-{key[:16]}.json"
+    if not path.is_file():
+        task = demonstrate.Demonstration(
+            job.test_path, job.config.model.dtype, settings.prompts, settings.new_tokens, os.cpu_count() or 1
+        )
+        visits = demonstrate.alternating_visits([variant for variant, _ in variants], settings.latency_repeats)
+        context.pool.release()  # the timed process must have the machine to itself
+        make = functools.partial(demonstrate.Demonstrator, task)
+        shown = context.map(("latency and texts", "visits"), make, visits, workers=1)
+        files.write_json(path, demonstrate.summary(shown, timed=settings.latency_repeats > 0))
+    summary = files.read_json(path)
+    timed = [replace(evaluation, **summary["times"].get(evaluation.label, {})) for evaluation in evaluations]
+    texts = {evaluation.label: summary["texts"][evaluation.label] for evaluation in evaluations}
+    return timed, demonstrate.generations(texts, settings.prompts)
+
+
+def protocol(context: Context) -> tuple[str, ...]:
+    """How the numbers were measured, one sentence each."""
+    data, config = context.job.config.data, context.job.config
+    return (
+        f"Perplexity: exp of the token mean of the negative log likelihood over {data.test_sequences} non-overlapping "
+        f"sequences of {data.sequence_length} tokens of {data.test.source} (part: {data.test.part}), each without "
+        f"context before it, computed in {config.model.dtype}.",
+        f"Calibration: {data.calibration_sequences} sequences of {data.sequence_length} tokens of "
+        f"{data.calibration.source} (part: {data.calibration.part}); the recovery trains on the same text, the dense "
+        "model is not fine-tuned on it.",
+        f"Latency: median of {config.evaluate.latency_repeats} visits, variants alternating; one forward pass over a "
+        f"test sequence (prefill), {demonstrate.DECODED_TOKENS} greedy tokens at batch 1 (decode), all CPU threads of "
+        "this machine or its GPU.",
+        "Parameters: counted on the real tensors, tied weights once; the reduction is removed over dense parameters.",
+        "Compared methods: one shot, the same widths, with and without the same repair.",
+    )
+
+
+def collect_report(
+    context: Context, command: str, analysis_folder: Path, final: Model, measured: Measured
+) -> tuple[Report, list[SiteEvidence]]:
+    """Gather everything the report shows."""
+    job = context.job
+    if final.plan is None:
+        raise TypeError("a report is about a pruned model")
+    loss = recover.read_log(measured.loss_path) if measured.loss_path is not None else []
+    report = Report(
+        name=job.config.name,
+        command=command,
+        config=job.config.model_dump(mode="json"),
+        versions=machine_and_versions(),
+        digests={**job.digests, "plan": final.plan.digest},
+        protocol=protocol(context),
+        effective_parameter_reduction=final.plan.ratio,
+        variants=tuple(measured.variants),
+        comparison=tuple(measured.comparison),
+        generations=measured.generations,
+        stages=context.stage_times(),
+        loss=tuple((int(line["step"]), float(line["loss"])) for line in loss),
+        loaders=measured.loaders,
+    )
+    return report, site_evidence(analysis_folder, final.plan)

@@ -1,0 +1,163 @@
+"""One round: record, analyse, decide, repair, apply. Every step skips itself when its artefact is there and fits."""
+
+import functools
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cria_dist.maths.allocation import width_after_round
+from cria_dist.methods import Method
+from cria_dist.models import checkpoint, surgery
+from cria_dist.pipeline.context import Context
+from cria_dist.records import PruningPlan
+from cria_dist.stages import analyse, decide, record, repair
+from cria_dist.stages.estimate import num_shards, signal_dtype
+from cria_dist.store import files, site_scores
+from cria_dist.store.recording import Recording, adopt
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A checkpoint on the way from dense to pruned.
+
+    Attributes:
+        directory: the checkpoint.
+        digest: digest of its weights, or of what they were computed from.
+        plan: how it came out of the dense model; None for the dense model.
+    """
+
+    directory: Path
+    digest: str
+    plan: PruningPlan | None = None
+
+
+def dense_model(context: Context) -> Model:
+    """The model the run starts from."""
+    return Model(context.job.model_dir, context.job.digests["model"])
+
+
+def round_folder(context: Context, index: int) -> Path:
+    """Folder of a round."""
+    return context.job.folder / f"round-{index:02d}"
+
+
+def record_round(context: Context, index: int, model: Model) -> Recording:
+    """Observe the model on the calibration text, or take over what was observed before."""
+    job, config = context.job, context.job.config
+    shards = num_shards(config)
+    digest = files.digest(
+        "record", model.digest, job.digests["calibration_tokens"], config.record.model_dump(), config.model.dtype
+    )
+    recording = Recording(round_folder(context, index), files.digest(digest, config.seed))
+    name = f"record round {index + 1}" if config.prune.rounds > 1 else "record"
+    if recording.is_complete():
+        context.progress.note(f"{name}: complete, {shards} shards")
+        return recording
+    source = adopt(recording, job.folder.parent)
+    if source is not None:
+        context.progress.note(f"{name}: taken over from {source.relative_to(job.folder.parent)} (same model and text)")
+        return recording
+    task = record.RecordTask(
+        recording=recording,
+        model_dir=model.directory,
+        tokens_path=job.calibration_path,
+        model_dtype=config.model.dtype,
+        signal_dtype=signal_dtype(config),
+        shard_sequences=config.record.shard_sequences,
+        batch_sequences=config.record.batch_sequences,
+        sampled_tokens=config.record.tokens,
+        seed=config.seed,
+    )
+    missing = [shard for shard in range(shards) if not recording.is_committed(shard)]
+    if 0 < len(missing) < shards:
+        context.progress.note(f"{name}: {shards - len(missing)} of {shards} shards were recorded before")
+    context.map((name, "shards"), functools.partial(record.Recorder, task), missing, tokens=lambda done: done.tokens)
+    recording.write_manifest(shards)
+    return recording
+
+
+def analyse_sites(
+    context: Context, name: str, folder: Path, recording: Recording, model: Model, method: Method
+) -> str:
+    """Score every site with a method; returns the digest of the analysis."""
+    job = context.job
+    digest = files.digest("analyse", recording.digest, model.digest, method.model_dump(mode="json"))
+    sites = sorted(job.widths)
+    missing = [site for site in sites if not site_scores.has_scores(folder, site, digest)]
+    if missing and site_scores.adopt(folder, job.folder.parent, missing, digest):
+        context.progress.note(f"{name}: scores taken over from a neighbouring run (same recording and method)")
+        missing = []
+    if not missing:
+        context.progress.note(f"{name}: complete, {len(sites)} sites")
+    task = analyse.AnalyseTask(recording, model.directory, method, folder, digest, job.config.seed)
+    context.map((name, "sites"), functools.partial(analyse.Analyst, task), missing)
+    return digest
+
+
+def decide_round(context: Context, folder: Path, model: Model, method: Method, analysis: str, index: int) -> PruningPlan:
+    """Choose what stays, within this round's part of the budget; writes ``plan.json``."""
+    job, prune = context.job, context.job.config.prune
+    path = folder / "plan.json"
+    settings = prune.model_dump(include={"ratio", "budget", "multiple", "rounds"})
+    digest = files.digest("decide", analysis, settings, index)
+    if path.is_file():
+        plan = PruningPlan.from_json(path.read_text(encoding="utf-8"))
+        if plan.digest == digest:
+            return plan
+    survivors = {}
+    for site, dense_width in sorted(job.widths.items()):
+        width = width_after_round(dense_width, job.final_widths[site.key], prune.rounds, index, prune.multiple)
+        survivors[site.key] = decide.select(site_scores.read_scores(folder, site), width)
+    plan = decide.make_plan(
+        decide.compose(survivors, model.plan),
+        {site.key: width for site, width in job.widths.items()},
+        job.family.unit_cost(job.model_config),
+        job.dense_parameters,
+        method.title,
+        digest,
+    )
+    files.write_bytes(path, plan.to_json().encode())
+    return plan
+
+
+def repair_sites(
+    context: Context, name: str, folder: Path, recording: Recording, model: Model, plan: PruningPlan
+) -> Path | None:
+    """Re-solve the output weights of every site; returns the folder of replacement tensors, None without repair."""
+    prune = context.job.config.prune
+    if prune.repair == "none":
+        return None
+    task = repair.RepairTask(
+        recording=recording,
+        model_dir=model.directory,
+        kept=decide.local_indices(plan, model.plan),
+        kind=prune.repair,
+        ridge=prune.ridge,
+        folder=folder / "repair",
+        digest=files.digest("repair", plan.to_json(), recording.digest, prune.repair, prune.ridge),
+    )
+    missing = [site for site in sorted(context.job.widths) if not repair.is_repaired(task.folder, site, task.digest)]
+    context.map((name, "sites"), functools.partial(repair.Repairer, task), missing)
+    return task.folder
+
+
+def apply_plan(
+    context: Context, target: Path, recording: Recording, model: Model, plan: PruningPlan, repaired: Path | None
+) -> Model:
+    """Write the pruned checkpoint, with ``plan.json`` beside the weights."""
+    prune = context.job.config.prune
+    digest = files.digest("apply", plan.to_json(), recording.digest, prune.repair, prune.ridge)
+    mark = target / "plan.json"
+    wanted = replace(plan, digest=digest).to_json()
+    if target.is_dir() and not (mark.is_file() and mark.read_text(encoding="utf-8") == wanted):
+        shutil.rmtree(target)
+    if not checkpoint.is_complete(target):
+        files.write_bytes(mark, wanted.encode())
+        config = checkpoint.read_config(model.directory)
+        operation = surgery.Surgery(
+            context.job.family, config, decide.local_indices(plan, model.plan), repaired, prune.repair == "bias"
+        )
+        with context.stage("apply", len(checkpoint.weight_files(model.directory)), "files") as bar:
+            surgery.write_pruned(model.directory, target, operation)
+            bar.advance(len(checkpoint.weight_files(model.directory)))
+    return Model(target, digest, plan)

@@ -1,0 +1,143 @@
+"""The tables of a report as plain text cells; the terminal and the page show the same ones."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cria_dist.records import Evaluation, Report, SiteEvidence
+from cria_dist.report import text
+
+DEAD_FACTS = frozenset({"dead", "dead_units"})
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table: a title, a header and rows of text.
+
+    Attributes:
+        title: what the table shows.
+        header: one name per column; the unit stands in brackets.
+        rows: the cells.
+        words: number of leading columns that hold words and not numbers.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One method of the comparison with what it reached at each state of the model."""
+
+    name: str
+    pruned: Evaluation | None = None
+    repaired: Evaluation | None = None
+    recovered: Evaluation | None = None
+
+    def states(self) -> Iterator[tuple[str, Evaluation]]:
+        """The states that were measured, by name."""
+        for name, value in (("pruned", self.pruned), ("repaired", self.repaired), ("recovered", self.recovered)):
+            if value is not None:
+                yield name, value
+
+
+def variant(report: Report, label: str) -> Evaluation | None:
+    """The variant of that name, if it was measured."""
+    return next((one for one in report.variants if one.label == label), None)
+
+
+def final(report: Report) -> Evaluation | None:
+    """The variant that is handed over: the last one that is not dense."""
+    return next((one for one in reversed(report.variants) if one.label != "dense"), None)
+
+
+def contenders(report: Report) -> tuple[Contender, ...]:
+    """This run first, then the compared methods in the order given, grouped by label."""
+    found: list[Contender] = []
+    end = final(report)
+    if end is not None:
+        states = {name: variant(report, name) for name in ("pruned", "repaired", "recovered")}
+        found.append(Contender(f"{end.method} (this run)", **states))
+    for label in dict.fromkeys(one.label for one in report.comparison):
+        rows = [one for one in report.comparison if one.label == label]
+        plain = next((one for one in rows if one.repair == "none"), None)
+        found.append(Contender(label, plain, next((one for one in rows if one.repair != "none"), None)))
+    return tuple(found)
+
+
+def variants_grid(report: Report) -> Grid:
+    """Size, quality and speed of each variant."""
+    dense = variant(report, "dense")
+    base = dense.perplexity if dense else None
+
+    def row(one: Evaluation) -> tuple[str, ...]:
+        removed = text.percent(1 - one.parameters / dense.parameters) if dense else text.ABSENT
+        return (
+            one.label,
+            text.count(one.parameters),
+            removed,
+            text.perplexity(one.perplexity),
+            text.times(one.perplexity, base),
+            text.milliseconds(one.prefill_ms),
+            text.milliseconds(one.decode_ms),
+            text.megabytes(one.weight_bytes),
+        )
+
+    header = (
+        "variant",
+        "parameters",
+        "removed",
+        "perplexity",
+        "x dense",
+        "prefill (ms)",
+        "decode (ms/token)",
+        "weights (MB)",
+    )
+    return Grid("Variants of the model", header, tuple(row(one) for one in report.variants))
+
+
+def comparison_grid(report: Report) -> Grid:
+    """Perplexity of each method at the same ratio."""
+    dense = variant(report, "dense")
+    base = dense.perplexity if dense else None
+
+    def cell(one: Evaluation | None) -> str:
+        return f"{text.perplexity(one.perplexity)} ({text.times(one.perplexity, base)})" if one else text.ABSENT
+
+    rows = tuple((one.name, cell(one.pruned), cell(one.repaired), cell(one.recovered)) for one in contenders(report))
+    header = ("method", "pruned", "repaired", "recovered")
+    return Grid("Perplexity (x dense) by method at the same ratio", header, rows)
+
+
+def generations_grid(report: Report) -> Grid:
+    """What each variant wrote after each prompt."""
+    labels = tuple(dict.fromkeys(label for one in report.generations for label in one.answers))
+    rows = tuple((one.prompt, *(one.answers.get(label, text.ABSENT) for label in labels)) for one in report.generations)
+    return Grid("Greedy continuations", ("prompt", *labels), rows, words=1 + len(labels))
+
+
+def sites_grid(evidence: Sequence[SiteEvidence]) -> Grid:
+    """One row per site: what was kept, the method's facts and the spectrum."""
+    ordered = sorted(evidence, key=lambda one: one.site)
+    facts = tuple(dict.fromkeys(name for one in ordered for name in one.scores.facts if name not in DEAD_FACTS))
+
+    def row(one: SiteEvidence) -> tuple[str, ...]:
+        width, spectrum = len(one.scores.keep_N), one.scores.spectrum
+        values = [one.scores.facts.get(name) for name in facts]
+        return (
+            one.site.key,
+            f"{width:,}",
+            f"{len(one.kept):,}",
+            text.percent(1 - len(one.kept) / width),
+            f"{int(np.isneginf(one.scores.keep_N).sum()):,}",
+            *(text.ABSENT if value is None else text.number(value) for value in values),
+            text.number(float(spectrum.values_K[0])) if spectrum and len(spectrum.values_K) else text.ABSENT,
+            text.number(spectrum.residual) if spectrum else text.ABSENT,
+        )
+
+    names = tuple(name.replace("_", " ") for name in facts)
+    header = ("site", "width", "kept", "removed", "dead units", *names, "largest eigenvalue", "residual")
+    return Grid("What was kept in each layer", header, tuple(row(one) for one in ordered))

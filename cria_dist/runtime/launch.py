@@ -1,0 +1,73 @@
+"""Give the pipeline its surroundings: Ray or this process."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import ray
+
+from cria_dist.config import RunConfig
+from cria_dist.pipeline import Context, Until, prune
+from cria_dist.pool import LocalPool
+from cria_dist.records import Report
+from cria_dist.report.progress import Progress
+from cria_dist.runtime.pool import RayPool
+from cria_dist.runtime.session import ray_session
+from cria_dist.runtime.train import RayTrainer
+from cria_dist.stages import recover
+from cria_dist.stages.prepare import Job, prepare
+
+
+def run(config: RunConfig, until: Until = "report") -> tuple[Job, Report | None]:
+    """Check the configuration, then carry out the run up to a stage.
+
+    Args:
+        config: the configuration.
+        until: last stage.
+
+    Returns:
+        The checked job, and the report if the run got there.
+
+    Raises:
+        CriaError: see :mod:`cria_dist.errors`.
+    """
+    job = prepare(config)
+    progress = Progress(job.folder)
+    progress.note(f"run folder {job.folder}")
+    state = "failed"
+    try:
+        report = _with_pool(job, progress, until)
+        state = "done"
+    finally:
+        progress.close(state)
+    return job, report
+
+
+def _with_pool(job: Job, progress: Progress, until: Until) -> Report | None:
+    if job.config.run.pool == "local":
+        context = Context(job, LocalPool(), train_here, progress)
+        return prune(context, command_line(), until)
+    with ray_session(job.config) as workers:
+        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        pool = RayPool(workers, gpus)
+        progress.note(f"workers: {pool.description}")
+        context = Context(job, pool, RayTrainer(job.config.recover.workers, gpus > 0), progress)
+        try:
+            return prune(context, command_line(), until)
+        finally:
+            pool.release()
+
+
+def train_here(task: recover.RecoverTask, name: str, storage: Path) -> None:
+    """Recover in this process with one worker; an interrupted recovery starts again."""
+    del name, storage
+    recover.train(task, recover.Place(), lambda model: model, None, lambda step, write: None)
+
+
+def command_line() -> str:
+    """The command that runs this again, with the paths as the user gave them."""
+    main = sys.modules["__main__"]
+    module = getattr(getattr(main, "__spec__", None), "name", None)
+    program = ["python", "-m", module.removesuffix(".__main__")] if module else [os.path.basename(sys.argv[0])]
+    return shlex.join([*program, *sys.argv[1:]])

@@ -1,0 +1,97 @@
+"""One Ray session: a private local cluster behind a token, or the cluster the job runs on."""
+
+import atexit
+import functools
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from cria_dist.config import RunConfig
+from cria_dist.errors import ConfigError
+
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # one thread per worker: sums are then added in the same order for any number of workers
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MKL_CBWR": "AUTO,STRICT",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+OBJECT_STORE_BYTES = 128 << 20  # bulk data goes through files; 78 MiB is Ray's minimum
+
+
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[int]:
+    """Connect to Ray, yield the number of workers to use, and disconnect.
+
+    Inside ``ray job submit`` (or with ``run.address``) the surrounding cluster is used. Otherwise a private cluster is
+    started: dashboard on loopback, token authentication with a fresh token in a file only this user can read.
+
+    Raises:
+        ConfigError: the cluster cannot be reached or has fewer CPUs than one worker needs.
+    """
+    address = config.run.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        _start_private(config)
+    else:
+        _join(address)
+    try:
+        yield _workers(config)
+    finally:
+        ray.shutdown()
+
+
+@functools.cache
+def _provide_token() -> None:
+    """A fresh token in a file only this user can read, for the life of this process (Ray reads it once)."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    folder = Path(tempfile.mkdtemp(prefix="cria-ray-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="ascii")
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+
+
+def _start_private(config: RunConfig) -> None:
+    _provide_token()
+    cpus = max(os.cpu_count() or 1, config.run.workers, config.recover.workers if config.recover.steps else 1)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=True,  # Train's placement-group cleaner asks the State API, which lives there
+        dashboard_host="127.0.0.1",
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    )
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(
+            address=address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"no Ray cluster at {address!r} ({error}); start one or leave run.address out") from error
+
+
+def _workers(config: RunConfig) -> int:
+    """Workers asked for, else one per GPU, else one per CPU."""
+    resources = ray.cluster_resources()
+    available = int(resources.get("GPU", 0)) or int(resources.get("CPU", 0))
+    if not available:
+        raise ConfigError("the Ray cluster has no CPU to run workers on; start it with --num-cpus")
+    return config.run.workers or available

@@ -1,0 +1,99 @@
+"""Recovery on Ray Train: data-parallel workers around :func:`cria_dist.stages.recover.train`."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from transformers import PreTrainedModel
+
+from cria_dist.errors import ConfigError, CriaError, WorkerError
+from cria_dist.stages import recover
+from cria_dist.stages.recover import Place, RecoverTask
+
+MAX_WORKER_FAILURES = 3
+START_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class RayTrainer:
+    """Carries out recoveries.
+
+    Attributes:
+        workers: data-parallel workers.
+        use_gpu: one GPU per worker.
+    """
+
+    workers: int
+    use_gpu: bool
+
+    def __call__(self, task: RecoverTask, name: str, storage: Path) -> None:
+        """Train to the end; the same name and storage continue from the last checkpoint.
+
+        Raises:
+            ConfigError: the cluster has fewer CPUs or GPUs than workers.
+            WorkerError: training failed, or lost its workers too often.
+        """
+        self._check_resources()
+        trainer = ray.train.torch.TorchTrainer(
+            _train_worker,
+            train_loop_config={"task": task},
+            scaling_config=ray.train.ScalingConfig(num_workers=self.workers, use_gpu=self.use_gpu),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=str(storage.absolute()),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=MAX_WORKER_FAILURES,
+                    controller_failure_limit=START_ATTEMPTS,  # -1, the default, waits for resources for ever
+                ),
+            ),
+        )
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            reasons = {str(one): one for one in error.worker_failures.values()}
+            known = next((one for one in reasons.values() if isinstance(one, CriaError)), None)
+            raise WorkerError("recover", str(known) if known else " / ".join(reasons)) from error
+        except ControllerError as error:
+            raise WorkerError("recover", f"Ray Train gave up: {error}") from error
+
+    def _check_resources(self) -> None:
+        kind = "GPU" if self.use_gpu else "CPU"
+        there = int(ray.cluster_resources().get(kind, 0))
+        if there < self.workers:
+            raise ConfigError(
+                f"recover.workers={self.workers} but the cluster has {there} {kind}s; lower recover.workers"
+            )
+
+
+def _train_worker(config: dict[str, RecoverTask]) -> None:
+    """The loop of one training worker."""
+    ours = ray.train.get_context()
+    place = Place(ours.get_world_rank(), ours.get_world_size())
+    resume = ray.train.get_checkpoint()
+    if resume is None:
+        recover.train(config["task"], place, _data_parallel, None, _reporter(place))
+        return
+    with resume.as_directory() as folder:
+        recover.train(config["task"], place, _data_parallel, Path(folder), _reporter(place))
+
+
+def _data_parallel(model: PreTrainedModel) -> torch.nn.Module:
+    return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+
+
+def _reporter(place: Place) -> recover.Checkpoint:
+    def report(step: int, write: Callable[[Path], None]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            if place.rank == 0:
+                write(Path(folder))
+            checkpoint = ray.train.Checkpoint.from_directory(folder) if place.rank == 0 else None
+            ray.train.report({"step": step}, checkpoint=checkpoint)
+
+    return report

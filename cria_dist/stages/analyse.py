@@ -1,0 +1,95 @@
+"""Analyse: one site at a time, from recorded statistics to scores and spectrum."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cria_dist import arrays
+from cria_dist.errors import NumericError
+from cria_dist.methods import Method, SiteStatistics
+from cria_dist.models import checkpoint
+from cria_dist.models.family import family_of
+from cria_dist.records import Float64, Scores, Site
+from cria_dist.store.recording import Recording
+from cria_dist.store.site_scores import write_scores
+
+
+@dataclass(frozen=True, slots=True)
+class AnalyseTask:
+    """What every analyst of a round is told.
+
+    Attributes:
+        recording: recorded statistics.
+        model_dir: checkpoint the recording was made of.
+        method: the method, with its settings.
+        folder: where ``scores/`` and ``spectra/`` go.
+        digest: digest of recording, weights and method.
+        seed: seed of the run.
+    """
+
+    recording: Recording
+    model_dir: Path
+    method: Method
+    folder: Path
+    digest: str
+    seed: int
+
+
+class Analyst:
+    """Scores one site per call."""
+
+    def __init__(self, task: AnalyseTask) -> None:
+        self._task = task
+        self._library, _ = arrays.choose()
+        self._config = checkpoint.read_config(task.model_dir)
+        self._family = family_of(self._config)
+
+    def __call__(self, site: Site) -> str:
+        """Score a site and write the result; returns the site's key.
+
+        Raises:
+            NumericError: degenerate statistics, with the site's name.
+            DataError: a recorded file is missing or damaged.
+        """
+        task = self._task
+        width = self._family.widths(self._config)[site]
+        try:
+            verdict = task.method.score(self._statistics(site, width))
+        except NumericError as error:
+            raise NumericError(f"{site.key}: {error}") from error
+        if verdict.keep_N.shape != (width,) or np.isnan(verdict.keep_N).any():
+            raise NumericError(f"{site.key}: {task.method.title} gave scores of shape {verdict.keep_N.shape} or NaN")
+        cost_N = np.full(width, self._family.unit_cost(self._config), dtype=np.int64)
+        scores = Scores(
+            site, verdict.keep_N.astype(np.float64), cost_N, verdict.edges_E2, verdict.spectrum, verdict.facts
+        )
+        write_scores(task.folder, scores, task.digest)
+        return site.key
+
+    def _statistics(self, site: Site, width: int) -> SiteStatistics:
+        needs = self._task.method.needs
+        signals = self._task.recording.signals(site) if "signals" in needs else {}
+        output_NM = signals.pop("output", None)
+        input_NM = np.concatenate(list(signals.values()), axis=1) if signals else None
+        weight_norm_N, output_norm_N = self._weight_norms(site) if "weights" in needs else (None, None)
+        return SiteStatistics(
+            width=width,
+            input_NM=None if input_NM is None else arrays.to_device(input_NM, self._library),
+            output_NM=None if output_NM is None else arrays.to_device(output_NM, self._library),
+            moments=self._task.recording.moments(site) if "moments" in needs else None,
+            weight_norm_N=weight_norm_N,
+            output_norm_N=output_norm_N,
+            seed=zlib.crc32(f"{self._task.seed}/{site.key}".encode()),
+        )
+
+    def _weight_norms(self, site: Site) -> tuple[Float64, Float64]:
+        """Coupled norm (incoming rows together, times the outgoing column) and norm of the outgoing column."""
+        modules = self._family.modules(site)
+        with checkpoint.open_tensors(self._task.model_dir) as tensors:
+            squared_N = sum(
+                tensors.read(f"{name}.weight").double().square().sum(dim=1).numpy() for name in modules.inputs.values()
+            )
+            output_N = tensors.read(f"{modules.output}.weight").double().norm(dim=0).numpy()
+        return np.sqrt(squared_N) * output_N, output_N

@@ -1,0 +1,65 @@
+"""Decide: all scores and the budget become a plan in the numbering of the dense model."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from cria_dist.maths.importance import lowest, lowest_guarded
+from cria_dist.records import PruningPlan, Scores
+
+
+def select(scores: Scores, width: int) -> tuple[int, ...]:
+    """The surviving units of a site, sorted, in the numbering of the scores."""
+    count = scores.keep_N.shape[0] - width
+    removed = (
+        lowest(scores.keep_N, count)
+        if scores.edges_E2 is None
+        else lowest_guarded(scores.keep_N, count, scores.edges_E2)
+    )
+    return tuple(np.setdiff1d(np.arange(scores.keep_N.shape[0]), removed).tolist())
+
+
+def compose(survivors: Mapping[str, tuple[int, ...]], previous: PruningPlan | None) -> dict[str, tuple[int, ...]]:
+    """Translate survivors of this round to the dense numbering."""
+    if previous is None:
+        return dict(survivors)
+    return {key: tuple(previous.kept[key][index] for index in kept) for key, kept in survivors.items()}
+
+
+def local_indices(plan: PruningPlan, previous: PruningPlan | None) -> dict[str, tuple[int, ...]]:
+    """The plan in the numbering of the model that the previous round left."""
+    if previous is None:
+        return dict(plan.kept)
+    return {
+        key: tuple(np.searchsorted(np.asarray(previous.kept[key]), np.asarray(kept)).tolist())
+        for key, kept in plan.kept.items()
+    }
+
+
+def make_plan(
+    kept: Mapping[str, tuple[int, ...]],
+    widths: Mapping[str, int],
+    unit_cost: int,
+    dense_parameters: int,
+    method: str,
+    digest: str,
+) -> PruningPlan:
+    """Account for what leaves the model and write it all down.
+
+    Args:
+        kept: survivors per site key, dense numbering.
+        widths: dense units per site key.
+        unit_cost: parameters that leave with one unit.
+        dense_parameters: parameters of the dense model.
+        method: title of the method.
+        digest: digest of everything the decision was made from.
+    """
+    removed = unit_cost * sum(widths[key] - len(kept[key]) for key in widths)
+    return PruningPlan(
+        kept=dict(kept),
+        widths=dict(widths),
+        method=method,
+        ratio=removed / dense_parameters,
+        parameters=(dense_parameters, dense_parameters - removed),
+        digest=digest,
+    )

@@ -1,0 +1,238 @@
+"""Recover: a short fine-tuning of the pruned model. Plain PyTorch; who wraps the model for several workers is outside.
+
+Shapes: S sequences, T tokens, V vocabulary.
+"""
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from cria_dist.config import RecoverConfig
+from cria_dist.errors import NumericError
+from cria_dist.models import checkpoint
+
+WEIGHT_DECAY = 0.01
+CLIP_NORM = 1.0
+MICRO_SEQUENCES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RecoverTask:
+    """What every training worker is told.
+
+    Attributes:
+        model_dir: pruned checkpoint.
+        tokens_path: calibration tokens.
+        target: folder for the recovered checkpoint.
+        log_path: JSON line per step (step, loss, learning rate, seconds), written by rank 0.
+        config: recipe.
+        seed: seed of the data order.
+    """
+
+    model_dir: Path
+    tokens_path: Path
+    target: Path
+    log_path: Path
+    config: RecoverConfig
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Who this worker is among the data-parallel workers."""
+
+    rank: int = 0
+    world: int = 1
+
+
+Wrap = Callable[[PreTrainedModel], torch.nn.Module]
+Checkpoint = Callable[[int, Callable[[Path], None]], None]
+"""Called on every rank with the step; rank 0's writer fills a folder."""
+
+
+def train(task: RecoverTask, place: Place, wrap: Wrap, resume: Path | None, save_checkpoint: Checkpoint) -> None:
+    """Fine-tune and, on rank 0, write the recovered checkpoint.
+
+    Args:
+        task: what to train.
+        place: this worker.
+        wrap: makes the model data parallel (identity for one worker).
+        resume: folder written by an earlier checkpoint, or None.
+        save_checkpoint: called every ``checkpoint_every`` steps.
+
+    Raises:
+        NumericError: the loss is not finite.
+    """
+    config = task.config
+    model = checkpoint.load_model(task.model_dir, "float32").train()
+    for parameter in frozen_parameters(model, config):
+        parameter.requires_grad_(False)
+    state = TrainState(model, config)
+    start = state.load(resume) if resume is not None else 0
+    parallel = wrap(model)
+    blocks_SD = training_sequences(np.load(task.tokens_path, allow_pickle=False), config.sequence_length)
+    order = sequence_order(len(blocks_SD), config, task.seed)
+    started = time.monotonic()
+    for step in range(start, config.steps):
+        mine = order[step][place.rank :: place.world]
+        loss = optimise(parallel, state, blocks_SD[mine], learning_rate(step, config))
+        if not math.isfinite(loss):
+            raise NumericError(f"recovery: the loss is {loss} at step {step}; lower recover.learning_rate")
+        if place.rank == 0:
+            _log(task.log_path, step=step + 1, loss=loss, seconds=time.monotonic() - started)
+        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+            save_checkpoint(step + 1, lambda folder, done=step + 1: state.save(folder, done))
+    if place.rank == 0:
+        write_recovered(model, task)
+
+
+def frozen_parameters(model: PreTrainedModel, config: RecoverConfig) -> Iterator[torch.nn.Parameter]:
+    """Parameters the recipe leaves alone: input and output embeddings under ``train = "blocks"``."""
+    if config.train == "blocks":
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                yield from module.parameters()
+
+
+def training_sequences(tokens_ST: np.ndarray, length: int) -> torch.Tensor:
+    """Cut the calibration tokens into training sequences, int64 [S, length]."""
+    flat = tokens_ST.reshape(-1)
+    count = max(1, len(flat) // length)
+    return torch.from_numpy(flat[: count * length].reshape(count, -1).astype(np.int64))
+
+
+def sequence_order(available: int, config: RecoverConfig, seed: int) -> list[np.ndarray]:
+    """Sequence indices of each step's global batch; a fresh permutation per epoch, the same for any worker count."""
+    needed = config.steps * config.batch_sequences
+    epochs = math.ceil(needed / available)
+    order = np.concatenate([np.random.default_rng((seed, epoch)).permutation(available) for epoch in range(epochs)])
+    return np.split(order[:needed], config.steps)
+
+
+def learning_rate(step: int, config: RecoverConfig) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine to a tenth of the peak."""
+    warm_up = max(1, config.steps // 10)
+    if step < warm_up:
+        return config.learning_rate * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, config.steps - warm_up)
+    return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class TrainState:
+    """Model and AdamW moments, saved as safetensors (no pickle on shared storage)."""
+
+    def __init__(self, model: PreTrainedModel, config: RecoverConfig) -> None:
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY
+        )
+
+    def save(self, folder: Path, step: int) -> None:
+        """Write trained parameters and optimiser moments."""
+        tensors: dict[str, torch.Tensor] = {"step": torch.tensor([step])}
+        for name, parameter in self.trained.items():
+            moments = self.optimizer.state[parameter]
+            tensors |= {
+                f"parameter.{name}": parameter.detach(),
+                f"first.{name}": moments["exp_avg"],
+                f"second.{name}": moments["exp_avg_sq"],
+            }
+        save_file(tensors, folder / "state.safetensors")
+
+    def load(self, folder: Path) -> int:
+        """Restore what :meth:`save` wrote; returns the step."""
+        tensors = load_file(folder / "state.safetensors")
+        step = int(tensors["step"][0])
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": tensors[f"first.{name}"],
+                    "exp_avg_sq": tensors[f"second.{name}"],
+                }
+        return step
+
+
+def optimise(parallel: torch.nn.Module, state: TrainState, batch_SD: torch.Tensor, rate: float) -> float:
+    """One optimiser step on this worker's part of the global batch; returns its mean loss.
+
+    Gradients accumulate over micro-batches so that the logits ([S, T, V] in float32) stay small.
+    """
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = batch_SD.split(MICRO_SEQUENCES)
+    total = 0.0
+    for index, part_SD in enumerate(parts):
+        postponed = index < len(parts) - 1 and isinstance(parallel, torch.nn.parallel.DistributedDataParallel)
+        with parallel.no_sync() if postponed else nullcontext():
+            loss = next_token_loss(parallel, part_SD) * (len(part_SD) / len(batch_SD))
+            loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_(state.trained.values(), CLIP_NORM)
+    state.optimizer.step()
+    return total
+
+
+def next_token_loss(parallel: torch.nn.Module, tokens_SD: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the next token."""
+    tokens_SD = tokens_SD.to(next(parallel.parameters()).device)
+    logits = parallel(input_ids=tokens_SD, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens_SD[:, 1:].flatten())
+
+
+def write_recovered(model: PreTrainedModel, task: RecoverTask) -> None:
+    """Write the fine-tuned weights in the layout, dtype and with the side files of the pruned checkpoint."""
+    checkpoint.write_like(task.model_dir, task.target, model.state_dict())
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The steps logged so far; after a resumption the later line of a step counts."""
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
+
+
+@contextmanager
+def following(log_path: Path, advance: Callable[[int, int], None], tokens_per_step: int) -> Iterator[None]:
+    """Report the steps that training workers log, from a thread, until the block ends."""
+    finished = threading.Event()
+    seen = 0
+
+    def follow() -> None:
+        nonlocal seen
+        while True:
+            last = finished.wait(1.0)
+            steps = len(read_log(log_path))
+            if steps > seen:
+                advance(steps - seen, (steps - seen) * tokens_per_step)
+                seen = steps
+            if last:
+                return
+
+    follower = threading.Thread(target=follow, name="follow-recovery", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        follower.join()
+
+
+def _log(path: Path, **record: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(record) + "\n")

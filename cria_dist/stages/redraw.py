@@ -1,0 +1,26 @@
+"""Draw the report of a finished run again, from its folder."""
+
+from pathlib import Path
+
+from cria_dist.records import PruningPlan, Report, Site, SiteEvidence
+from cria_dist.report.writer import report_from_json, write_report
+from cria_dist.store import site_scores
+
+
+def redraw(folder: Path) -> Path:
+    """Write ``report.html`` and the plots from ``report.json``, scores and plan; returns the page.
+
+    Raises:
+        DataError: the run has no report yet, or a file of it is damaged.
+    """
+    report: Report = report_from_json(folder / "report.json")
+    plan = PruningPlan.from_json((folder / "pruned" / "plan.json").read_text(encoding="utf-8"))
+    return write_report(report, site_evidence(folder / "round-00", plan), folder)
+
+
+def site_evidence(scores_folder: Path, plan: PruningPlan) -> list[SiteEvidence]:
+    """Scores of the first round (dense numbering) beside what the plan kept."""
+    return [
+        SiteEvidence(Site.from_key(key), site_scores.read_scores(scores_folder, Site.from_key(key)), plan.kept[key])
+        for key in sorted(plan.kept)
+    ]

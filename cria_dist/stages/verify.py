@@ -1,0 +1,87 @@
+"""Verify: a fresh process that cannot import this package loads the checkpoint and computes the same logits."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+from cria_dist.errors import DataError
+from cria_dist.models import checkpoint
+
+TOLERANCE = 1e-5
+TIMEOUT_SECONDS = 1800
+
+STRANGER = """
+import sys
+sys.modules["cria_dist"] = None  # any import of it raises
+import numpy, torch
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
+directory, tokens, dtype, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True).eval()
+with torch.inference_mode():
+    logits = model(input_ids=torch.from_numpy(numpy.load(tokens)).long()).logits
+save_file({"logits": logits.float().numpy()}, target)
+"""
+
+
+def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_path: Path, dtype: str) -> str:
+    """Compare the logits of a fresh process with those of the model in memory.
+
+    Args:
+        directory: checkpoint to load.
+        reference: the same model, built another way.
+        tokens_path: test tokens; the first 64 tokens of the first sequence are used.
+        dtype: data type to compute in.
+
+    Returns:
+        A sentence for the report.
+
+    Raises:
+        DataError: the checkpoint does not load, or its logits differ.
+    """
+    tokens_1T = np.load(tokens_path, allow_pickle=False)[:1, :64]
+    with torch.inference_mode():
+        ours = reference(input_ids=torch.from_numpy(tokens_1T).long().to(_device(reference))).logits.float().cpu().numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, logits = Path(folder) / "tokens.npy", Path(folder) / "logits.safetensors"
+        np.save(tokens, tokens_1T, allow_pickle=False)
+        command = [sys.executable, "-c", STRANGER, str(directory), str(tokens), dtype, str(logits)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, check=False
+        )
+        if run.returncode:
+            reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            raise DataError(f"{directory} does not load in transformers: {reason}")
+        theirs = load_file(logits)["logits"]
+    difference = float(np.abs(theirs - ours).max())
+    allowed = TOLERANCE * max(1.0, float(np.abs(ours).max()))
+    if not difference <= allowed:
+        raise DataError(f"{directory} loads in transformers, but its logits differ by {difference:.1e} from ours")
+    return f"loaded in a fresh process without this package, logits equal (largest difference {difference:.1e})"
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+class Verifier:
+    """Runs the check in a worker, so that the coordinator never holds a model.
+
+    The reference is the dense checkpoint pruned in memory: written and loaded weights must equal it.
+    """
+
+    def __init__(self, tokens_path: Path, dtype: str) -> None:
+        self._tokens_path = tokens_path
+        self._dtype = dtype
+
+    def __call__(self, directory: Path) -> str:
+        """Check one checkpoint."""
+        reference = checkpoint.load_model(directory, self._dtype)
+        return loads_in_transformers(directory, reference, self._tokens_path, self._dtype)

@@ -1,0 +1,86 @@
+"""Whole files or none: write to a temporary name, flush to disk, rename. Plus digests and names that are safe as paths."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cria_dist.errors import ConfigError, DataError
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or none, also after a crash."""
+    write_with(path, lambda temporary: temporary.write_bytes(content))
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then flush and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: object) -> None:
+    """Write plain data as indented JSON with sorted keys."""
+    write_bytes(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON written by this package.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); run the stage that writes it again") from error
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+
+
+def digest(*parts: object) -> str:
+    """SHA-256 over the canonical JSON of plain data (bytes are hashed as they are)."""
+    state = hashlib.sha256()
+    for part in parts:
+        content = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        state.update(len(content).to_bytes(8, "little"))
+        state.update(content)
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def safe_name(name: str) -> str:
+    """Return ``name`` if it may become a file name.
+
+    Raises:
+        ConfigError: it has a separator, ``..``, NUL or another character outside ``[A-Za-z0-9._-]``.
+    """
+    if not SAFE_NAME.fullmatch(name) or ".." in name:
+        raise ConfigError(f"name {name!r} cannot become a file name; use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the volume that holds ``path`` (which need not exist yet)."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

@@ -1,0 +1,1 @@
+"""Jobs: thin entry points for `python -m` and `ray job submit`."""
