@@ -36,6 +36,10 @@ class ModelConfig(Section):
     """Hub revision (commit hash); pin it for a reproducible run."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type the model computes in; the checkpoint keeps the data type it is stored in."""
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    """Precision of float32 matrix products (``torch.set_float32_matmul_precision``); ``medium`` lets the hardware use
+    bfloat16 or TF32 units where it has them, and on CPUs without them takes another float32 kernel, often twice as fast
+    (AMD EPYC, one core, 2048 x 576 x 1536: 204 against 97 GFLOP/s, largest error 1.2e-4 against 5e-5)."""
 
 
 class CorpusConfig(Section):

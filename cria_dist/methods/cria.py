@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
+from scipy.stats import rankdata
 
 from cria_dist import arrays
 from cria_dist.arrays import Array
@@ -18,8 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "recommended": {
         "spectrum": "full",
-        "output_weighting": True,
-        "neighbour_guard": True,
+        "output_weighting": "rank",
         "dead_first": True,
     },
 }
@@ -47,8 +47,9 @@ class Cria(MethodBase):
     """s, the dominant eigenpairs of the score when ``spectrum`` is ``top``."""
     spectrum: Literal["top", "full"] = "top"
     """``full``: the limit of all eigenpairs; steadier at the low end of the ranking, where pruning happens."""
-    output_weighting: bool = False
-    """Multiply by std(activation) x norm of the output column: what the next layer reads of the neuron."""
+    output_weighting: Literal["none", "product", "rank"] = "none"
+    """Weigh by what the next layer reads of a neuron, std(activation) x norm of its output column: multiply by it, or
+    average the two ranks."""
     neighbour_guard: bool = False
     """Take at most one of each neighbourhood while others are left, so that near-duplicates do not all fall."""
     dead_first: bool = False
@@ -69,7 +70,7 @@ class Cria(MethodBase):
     @property
     def needs(self) -> frozenset[Statistic]:
         """Signals for the graphs; moments and weights only for the output weighting."""
-        return frozenset({"signals", "moments", "weights"} if self.output_weighting else {"signals"})
+        return frozenset({"signals"} if self.output_weighting == "none" else {"signals", "moments", "weights"})
 
     def score(self, statistics: SiteStatistics) -> Verdict:
         """Score the neurons of one site.
@@ -91,8 +92,8 @@ class Cria(MethodBase):
         verdict = self._score_live(input_NM[rows], output_NM[rows])
         keep_N = np.full(statistics.width, -np.inf)
         keep_N[live] = verdict.keep_N
-        if self.output_weighting:
-            keep_N[live] *= _read_by_next_layer(statistics)[live]
+        if self.output_weighting != "none":
+            keep_N[live] = self._weighted(verdict.keep_N, _read_by_next_layer(statistics)[live])
         edges_E2 = None if verdict.edges_E2 is None else live[verdict.edges_E2].astype(np.int32)
         facts = {**verdict.facts, "dead": float(alive_N.size - live.size)}
         return Verdict(keep_N, edges_E2, verdict.spectrum, facts)
@@ -102,6 +103,11 @@ class Cria(MethodBase):
             return np.ones(output_NM.shape[0], dtype=bool)
         deviation_N = arrays.to_numpy(arrays.namespace(output_NM).std(output_NM, axis=1))
         return deviation_N > DEAD_SHARE * deviation_N.max()
+
+    def _weighted(self, keep_N: Float64, reading_N: Float64) -> Float64:
+        if self.output_weighting == "product":
+            return keep_N * reading_N
+        return (rankdata(keep_N) + rankdata(reading_N)) / (2 * keep_N.size)
 
     def _score_live(self, input_NM: Array, output_NM: Array) -> Verdict:
         size = input_NM.shape[0]

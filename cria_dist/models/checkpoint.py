@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,24 @@ def count_parameters(config: ModelDict) -> int:
     return sum(parameter.numel() for parameter in empty_model(config).parameters())
 
 
-def load_model(directory: Path, dtype: str) -> PreTrainedModel:
-    """Load a checkpoint for inference, through the stock class."""
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """How a model computes: data type, and precision of float32 matrix products (see ``ModelConfig``)."""
+
+    dtype: str = "float32"
+    matmul: str = "highest"
+
+
+def load_model(directory: Path, numerics: Numerics) -> PreTrainedModel:
+    """Load a checkpoint for inference, through the stock class; sets this process's matrix-product precision."""
     transformers_logging.disable_progress_bar()  # the run has its own
+    torch.set_float32_matmul_precision(numerics.matmul)
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True, local_files_only=True
+        directory,
+        dtype=getattr(torch, numerics.dtype),
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
     )
     return model.eval()
 

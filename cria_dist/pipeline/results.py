@@ -43,7 +43,11 @@ def loss_path(context: Context, pruned: Model) -> Path:
 def _recovery_digest(context: Context, pruned: Model) -> str:
     job = context.job
     return files.digest(
-        "recover", pruned.digest, job.digests["calibration_tokens"], job.config.recover.model_dump(), job.config.seed
+        "recover",
+        pruned.digest,
+        job.digests["calibration_tokens"],
+        job.config.recover.model_dump(),
+        [job.numerics.matmul, job.config.seed],
     )
 
 
@@ -59,7 +63,9 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
     if mark.is_file() and files.read_json(mark) == {"digest": digest} and checkpoint.is_complete(target):
         context.progress.note(f"recover: complete, {config.steps} steps")
         return Model(target, digest, pruned.plan)
-    task = recover.RecoverTask(pruned.directory, job.calibration_path, target, log_path, config, job.config.seed)
+    task = recover.RecoverTask(
+        pruned.directory, job.calibration_path, target, log_path, config, job.numerics.matmul, job.config.seed
+    )
     context.pool.release()
     with context.stage("recover", config.steps, "steps") as bar:
         with recover.following(log_path, bar.advance, config.batch_sequences * config.sequence_length):
@@ -124,12 +130,11 @@ def evaluate_variants(context: Context, variants: Sequence[DigestedVariant]) -> 
     job, settings = context.job, context.job.config.evaluate
     paths = {}
     for variant, digest in variants:
-        key = files.digest("evaluate", digest, job.digests["test_tokens"], settings.batch_sequences, job.config.model.dtype)
+        numerics = [job.numerics.dtype, job.numerics.matmul, settings.batch_sequences]
+        key = files.digest("evaluate", digest, job.digests["test_tokens"], numerics)
         paths[variant] = job.folder / "evaluations" / f"{key[:16]}.json"
     missing = [variant for variant, path in paths.items() if not path.is_file()]
-    make = functools.partial(
-        evaluate.PerplexityMeter, job.test_path, job.config.model.dtype, settings.batch_sequences, paths
-    )
+    make = functools.partial(evaluate.PerplexityMeter, job.test_path, job.numerics, settings.batch_sequences, paths)
     context.map(("evaluate", "variants"), make, missing, tokens=lambda done: done.scored_tokens)
     return [
         replace(Evaluation(**files.read_json(path)), label=variant.label, method=variant.method, repair=variant.repair)
@@ -146,7 +151,7 @@ def demonstrate_variants(
     path = job.folder / "evaluations" / f"demonstration-{key[:16]}.json"
     if not path.is_file():
         task = demonstrate.Demonstration(
-            job.test_path, job.config.model.dtype, settings.prompts, settings.new_tokens, os.cpu_count() or 1
+            job.test_path, job.numerics, settings.prompts, settings.new_tokens, os.cpu_count() or 1
         )
         visits = demonstrate.alternating_visits([variant for variant, _ in variants], settings.latency_repeats)
         context.pool.release()  # the timed process must have the machine to itself
@@ -165,7 +170,7 @@ def protocol(context: Context) -> tuple[str, ...]:
     return (
         f"Perplexity: exp of the token mean of the negative log likelihood over {data.test_sequences} non-overlapping "
         f"sequences of {data.sequence_length} tokens of {data.test.source} (part: {data.test.part}), each without "
-        f"context before it, computed in {config.model.dtype}.",
+        f"context before it, computed in {config.model.dtype} (matrix products: {config.model.matmul}).",
         f"Calibration: {data.calibration_sequences} sequences of {data.sequence_length} tokens of "
         f"{data.calibration.source} (part: {data.calibration.part}); the recovery trains on the same text, the dense "
         "model is not fine-tuned on it.",

@@ -46,9 +46,13 @@ def record_round(context: Context, index: int, model: Model) -> Recording:
     job, config = context.job, context.job.config
     shards = num_shards(config)
     digest = files.digest(
-        "record", model.digest, job.digests["calibration_tokens"], config.record.model_dump(), config.model.dtype
+        "record",
+        model.digest,
+        job.digests["calibration_tokens"],
+        config.record.model_dump(),
+        [job.numerics.dtype, job.numerics.matmul, config.seed],
     )
-    recording = Recording(round_folder(context, index), files.digest(digest, config.seed))
+    recording = Recording(round_folder(context, index), digest)
     name = f"record round {index + 1}" if config.prune.rounds > 1 else "record"
     if recording.is_complete():
         context.progress.note(f"{name}: complete, {shards} shards")
@@ -61,7 +65,7 @@ def record_round(context: Context, index: int, model: Model) -> Recording:
         recording=recording,
         model_dir=model.directory,
         tokens_path=job.calibration_path,
-        model_dtype=config.model.dtype,
+        numerics=job.numerics,
         signal_dtype=signal_dtype(config),
         shard_sequences=config.record.shard_sequences,
         batch_sequences=config.record.batch_sequences,

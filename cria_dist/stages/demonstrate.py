@@ -23,14 +23,14 @@ class Demonstration:
 
     Attributes:
         tokens_path: test tokens; the first sequence is the prompt of the latency measurement.
-        dtype: data type to compute in.
+        numerics: how the models compute.
         prompts: prompts of the example texts.
         new_tokens: tokens per example.
         threads: CPU threads, all of the machine's, because nothing else runs meanwhile.
     """
 
     tokens_path: Path
-    dtype: str
+    numerics: checkpoint.Numerics
     prompts: tuple[str, ...]
     new_tokens: int
     threads: int
@@ -69,7 +69,7 @@ class Demonstrator:
 
     def __call__(self, visit: Visit) -> Shown:
         """One timed visit of one variant, after a warm-up pass."""
-        model = visit.variant.load(self._task.dtype).to(self._device)
+        model = visit.variant.load(self._task.numerics).to(self._device)
         prompt_1T = self._prompt_1T.to(self._device)
         with torch.inference_mode():
             model(input_ids=prompt_1T[:, :32])

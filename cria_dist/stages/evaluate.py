@@ -44,9 +44,9 @@ class Variant:
         """Name of the work item."""
         return f"evaluate {self.label}"
 
-    def load(self, dtype: str) -> PreTrainedModel:
+    def load(self, numerics: checkpoint.Numerics) -> PreTrainedModel:
         """The variant, ready for inference."""
-        model = checkpoint.load_model(self.model_dir, dtype)
+        model = checkpoint.load_model(self.model_dir, numerics)
         if self.plan_path is None:
             return model
         plan = PruningPlan.from_json(self.plan_path.read_text(encoding="utf-8"))
@@ -58,9 +58,11 @@ class Variant:
 class PerplexityMeter:
     """Scores one variant per call."""
 
-    def __init__(self, tokens_path: Path, dtype: str, batch_sequences: int, results: Mapping[Variant, Path]) -> None:
+    def __init__(
+        self, tokens_path: Path, numerics: checkpoint.Numerics, batch_sequences: int, results: Mapping[Variant, Path]
+    ) -> None:
         self._tokens_ST = np.load(tokens_path, allow_pickle=False)
-        self._dtype = dtype
+        self._numerics = numerics
         self._batch = batch_sequences
         self._results = results
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +73,7 @@ class PerplexityMeter:
         Raises:
             NumericError: the loss is not finite.
         """
-        model = variant.load(self._dtype).to(self._device)
+        model = variant.load(self._numerics).to(self._device)
         loss = mean_loss(model, self._tokens_ST, self._batch)
         if not math.isfinite(loss):
             raise NumericError(f"the loss of {variant.label} is {loss}; was the model damaged by pruning in this dtype?")

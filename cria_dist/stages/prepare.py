@@ -46,6 +46,11 @@ class Job:
     digests: Mapping[str, str]
 
     @property
+    def numerics(self) -> checkpoint.Numerics:
+        """How models compute in this run."""
+        return checkpoint.Numerics(self.config.model.dtype, self.config.model.matmul)
+
+    @property
     def calibration_path(self) -> Path:
         """Calibration tokens, int32 [sequences, length]."""
         return self.folder / "tokens" / "calibration.npy"

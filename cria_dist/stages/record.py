@@ -28,7 +28,7 @@ class RecordTask:
         recording: where to write.
         model_dir: checkpoint to observe.
         tokens_path: calibration tokens.
-        model_dtype: data type to compute in.
+        numerics: how the model computes.
         signal_dtype: data type to store signals in.
         shard_sequences: sequences per shard.
         batch_sequences: sequences per forward pass.
@@ -39,7 +39,7 @@ class RecordTask:
     recording: Recording
     model_dir: Path
     tokens_path: Path
-    model_dtype: str
+    numerics: checkpoint.Numerics
     signal_dtype: str
     shard_sequences: int
     batch_sequences: int
@@ -63,7 +63,7 @@ class Recorder:
         self._task = task
         self._tokens_ST = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = checkpoint.load_model(task.model_dir, task.model_dtype).to(self._device)
+        self._model = checkpoint.load_model(task.model_dir, task.numerics).to(self._device)
         config = checkpoint.read_config(task.model_dir)
         family = family_of(config)
         self._observers = {

@@ -37,6 +37,7 @@ class RecoverTask:
         target: folder for the recovered checkpoint.
         log_path: JSON line per step (step, loss, learning rate, seconds), written by rank 0.
         config: recipe.
+        matmul: precision of float32 matrix products; weights and optimiser are float32.
         seed: seed of the data order.
     """
 
@@ -45,6 +46,7 @@ class RecoverTask:
     target: Path
     log_path: Path
     config: RecoverConfig
+    matmul: str
     seed: int
 
 
@@ -75,7 +77,7 @@ def train(task: RecoverTask, place: Place, wrap: Wrap, resume: Path | None, save
         NumericError: the loss is not finite.
     """
     config = task.config
-    model = checkpoint.load_model(task.model_dir, "float32").train()
+    model = checkpoint.load_model(task.model_dir, checkpoint.Numerics("float32", task.matmul)).train()
     for parameter in frozen_parameters(model, config):
         parameter.requires_grad_(False)
     state = TrainState(model, config)
