@@ -19,27 +19,28 @@ import scipy.sparse.linalg
 
 Array = Any
 """An n-dimensional array of NumPy or CuPy."""
+Library = Literal["numpy", "cupy"]
 Sparse = Any
 """A CSR matrix of SciPy or cupyx."""
 
 
 @functools.cache
-def choose() -> tuple[Literal["numpy", "cupy"], str]:
+def choose() -> tuple[Library, str]:
     """The array library analysts use on this machine, and why."""
     if importlib.util.find_spec("cupy") is None:
         return "numpy", "CuPy is not installed (extras gpu-cu12, gpu-cu13)"
-    import cupy  # imported only where it is installed, and only here
+    import cupy  # pyright: ignore[reportMissingImports]  (an extra; only here, only where it is installed)
 
     if not cupy.cuda.is_available():
         return "numpy", "CuPy is installed but finds no CUDA device"
     return "cupy", f"CuPy {cupy.__version__} finds {cupy.cuda.runtime.getDeviceCount()} CUDA device(s)"
 
 
-def to_device(x: Array, library: Literal["numpy", "cupy"]) -> Array:
+def to_device(x: Array, library: Library) -> Array:
     """Move a NumPy array to the chosen library."""
     if library == "numpy":
         return np.asarray(x)
-    import cupy  # only reached when choose() found it
+    import cupy  # pyright: ignore[reportMissingImports]  (only reached when choose() found it)
 
     return cupy.asarray(x)
 
@@ -103,7 +104,6 @@ def lobpcg(
     """Smallest generalised eigenpairs by LOBPCG, B-orthogonal to ``constraint_N1``; the caller checks residuals."""
     module = _cupyx("sparse.linalg") if _on_gpu(start_NK) else scipy.sparse.linalg
     size = start_NK.shape[0]
-    apply = module.LinearOperator((size, size), matvec=preconditioner, matmat=preconditioner, dtype=start_NK.dtype)
-    return module.lobpcg(
-        operator, start_NK, B=metric, M=apply, Y=constraint_N1, tol=1e-9, maxiter=200, largest=False
-    )
+    operator_type: Any = module.LinearOperator  # its stub in SciPy describes the base class only
+    apply = operator_type((size, size), matvec=preconditioner, matmat=preconditioner, dtype=start_NK.dtype)
+    return module.lobpcg(operator, start_NK, B=metric, M=apply, Y=constraint_N1, tol=1e-9, maxiter=200, largest=False)

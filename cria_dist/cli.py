@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -14,9 +14,11 @@ from rich.table import Table
 
 from cria_dist import config as configuration
 from cria_dist.errors import ConfigError, CriaError, DataError, PlanError
+from cria_dist.records import Stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+Verb = Stage | Literal["prune"]
 ConfigPath = Annotated[str, typer.Argument(help="TOML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as often as needed.")]
 Folder = Annotated[Path, typer.Argument(help="Run folder.")]
@@ -24,7 +26,7 @@ Folder = Annotated[Path, typer.Argument(help="Run folder.")]
 EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
 LOG_COLUMNS = 120
-VERBS: dict[str, str] = {
+VERBS: dict[Verb, str] = {
     "record": "Observe the model on the calibration text: signals and moments of every site.",
     "analyse": "Record, then score every site.",
     "decide": "Record, analyse, then write plan.json.",
@@ -35,7 +37,7 @@ VERBS: dict[str, str] = {
 }
 
 
-def main(arguments: Sequence[str], until: str) -> int:
+def main(arguments: Sequence[str], until: Verb) -> int:
     """Run a job: ``CONFIG.toml [key=value ...]`` up to a stage; returns the exit code."""
     if not arguments or arguments[0].startswith("-"):
         return _complain(ConfigError("usage: CONFIG.toml [dotted.key=value ...]"))
@@ -69,13 +71,12 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=LOG_COLUMNS)
 
 
-def _run(path: str, overrides: Sequence[str], until: str) -> None:
+def _run(path: str, overrides: Sequence[str], until: Verb) -> None:
     settings = configuration.load(path, overrides)
     from cria_dist.runtime import launch  # ray, torch and transformers: seconds that --help and typos need not pay
 
     console = _console()
-    stage = {"evaluate": "report", "prune": "report"}.get(until, until)
-    job, report = launch.run(settings, stage)
+    job, report = launch.run(settings, "evaluate" if until == "prune" else until)
     if report is None:
         console.print(f"{until}: finished in {job.folder}", soft_wrap=True, highlight=False)
         return
@@ -86,7 +87,7 @@ def _run(path: str, overrides: Sequence[str], until: str) -> None:
     console.print(f"report: {job.folder / 'report.html'}", soft_wrap=True, highlight=False)
 
 
-def _verb(name: str, config: ConfigPath, overrides: Overrides = None) -> None:
+def _verb(name: Verb, config: ConfigPath, overrides: Overrides = None) -> None:
     raise typer.Exit(main([config, *(overrides or [])], name))
 
 

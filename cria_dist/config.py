@@ -229,11 +229,12 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form dotted.key=value")
     *parents, leaf = key.split(".")
+    section: Any = tree
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-    tree[leaf] = _value(text)
+    section[leaf] = _value(text)
 
 
 def _value(text: str) -> Any:

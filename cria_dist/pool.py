@@ -62,7 +62,7 @@ class LocalPool:
         for item in items:
             try:
                 result = worker(item)
-            except Exception as error:  # noqa: BLE001  the pool names the item, whatever went wrong
+            except Exception as error:
                 raise as_worker_error(item, error) from error
             yield item, result
 

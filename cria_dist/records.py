@@ -16,6 +16,9 @@ Int32 = NDArray[np.int32]
 
 PLAN_SCHEMA = 1
 
+Stage = Literal["record", "analyse", "decide", "apply", "recover", "evaluate"]
+"""The stages of a run at which it can be told to stop; the report comes with ``evaluate``."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
@@ -153,15 +156,13 @@ class PruningPlan:
         )
 
 
-VariantName = Literal["dense", "pruned", "repaired", "recovered"]
-
-
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Measured quality and cost of one variant of the model.
 
     Attributes:
-        label: what is shown ("dense", "repaired", "random").
+        label: "dense", "pruned", "repaired" or "recovered" for the variants of a run; the method's title in a
+            comparison, where ``repair`` tells the pruned from the repaired one.
         method: pruning method behind it, empty for the dense model.
         repair: repair applied, "none" if none.
         parameters: number of parameters, tied weights counted once.
@@ -201,7 +202,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class SiteEvidence:
-    """What the report draws for one site: the method's scores, what was kept, the spectrum."""
+    """What the report draws for one site: the scores of the first round, and the indices into them that were kept."""
 
     site: Site
     scores: Scores

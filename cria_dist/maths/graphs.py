@@ -35,9 +35,7 @@ def nearest_neighbours(signals_NM: Array, k: int) -> Array:
     if not bool(xp.all(xp.isfinite(signals_NM))):
         raise NumericError(f"{int(xp.sum(~xp.isfinite(signals_NM)))} signal values are NaN or infinite")
     centred_NM = signals_NM - xp.mean(signals_NM, axis=0)
-    blocks = [
-        _nearest(squared_BN, k) for _, squared_BN in _blocks_of_squared_distances(centred_NM)
-    ]
+    blocks = [_nearest(squared_BN, k) for _, squared_BN in _blocks_of_squared_distances(centred_NM)]
     return xp.concat(blocks, axis=0)
 
 

@@ -50,8 +50,8 @@ def top_eigenpairs(input_laplacian: Sparse, output_laplacian: Sparse, count: int
     worst = residual(input_laplacian, output_laplacian, values_K, vectors_NK)
     if values_K.shape[0] != count or not worst <= RESIDUAL_TOLERANCE:
         raise NumericError(
-            f"{values_K.shape[0]} of {count} eigenpairs converged, residual {worst:.1e} above {RESIDUAL_TOLERANCE:.0e}; "
-            "record more tokens or lower method.eigenpairs"
+            f"{values_K.shape[0]} of {count} eigenpairs converged, residual {worst:.1e} (limit "
+            f"{RESIDUAL_TOLERANCE:.0e}); record more tokens or lower method.eigenpairs"
         )
     return values_K, vectors_NK, worst
 

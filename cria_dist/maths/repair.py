@@ -3,14 +3,17 @@
 Shapes: D outputs of the next linear map, N units, S surviving, R removed.
 """
 
+from typing import Any
+
 import numpy as np
 import scipy.linalg
+from numpy.typing import NDArray
 
 from cria_dist.errors import NumericError
 from cria_dist.records import Float64, Moments
 
 
-def least_squares(weight_DN: Float64, moments: Moments, kept_S: np.ndarray, ridge: float) -> Float64:
+def least_squares(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64], ridge: float) -> Float64:
     """Re-solve the surviving columns of the output projection: ``min |A W^T - A_S V^T|^2`` over tokens.
 
     ``V = W G[:, S] (G[S, S] + r I)^-1`` with the Gram matrix ``G = A^T A`` of the post-activation signals and
@@ -36,11 +39,11 @@ def least_squares(weight_DN: Float64, moments: Moments, kept_S: np.ndarray, ridg
     gram_RS = moments.gram_NN[np.ix_(removed_R, kept_S)]
     mean_diagonal = float(np.trace(gram_SS)) / kept_S.size
     gram_SS[np.diag_indices(kept_S.size)] += ridge * mean_diagonal if mean_diagonal > 0 else 1.0
-    correction_SD = scipy.linalg.solve(gram_SS, (weight_DN[:, removed_R] @ gram_RS).T, assume_a="pos")
+    correction_SD: Any = scipy.linalg.solve(gram_SS, (weight_DN[:, removed_R] @ gram_RS).T, assume_a="pos")
     return weight_DN[:, kept_S] + correction_SD.T
 
 
-def mean_bias(weight_DN: Float64, moments: Moments, kept_S: np.ndarray) -> Float64:
+def mean_bias(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64]) -> Float64:
     """Bias that replaces the removed units by their mean activation, float64 [D]."""
     removed_R = np.setdiff1d(np.arange(weight_DN.shape[1]), kept_S)
     return weight_DN[:, removed_R] @ moments.mean_N[removed_R]

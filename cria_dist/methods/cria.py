@@ -1,8 +1,9 @@
 """Cria: neuron-level spectral structural importance (arXiv 2605.18860)."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from scipy.stats import rankdata
 
@@ -60,7 +61,8 @@ class Cria(MethodBase):
     def _start_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {**PRESETS.get(values.get("preset", "paper"), {}), **values}
+        given = cast(dict[str, Any], values)
+        return {**PRESETS.get(given.get("preset", "paper"), {}), **given}
 
     @property
     def title(self) -> str:
@@ -98,7 +100,7 @@ class Cria(MethodBase):
         facts = {**verdict.facts, "dead": float(alive_N.size - live.size)}
         return Verdict(keep_N, edges_E2, verdict.spectrum, facts)
 
-    def _alive(self, output_NM: Array) -> np.ndarray:
+    def _alive(self, output_NM: Array) -> NDArray[np.bool_]:
         if not self.dead_first:
             return np.ones(output_NM.shape[0], dtype=bool)
         deviation_N = arrays.to_numpy(arrays.namespace(output_NM).std(output_NM, axis=1))

@@ -1,0 +1,1 @@
+"""Model families: where units live, and how they are removed."""

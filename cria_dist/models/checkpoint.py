@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ def locate(path: str, revision: str | None) -> Path:
 
 def _download(path: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ConfigError(f"model.path={path!r} is not a directory; give an existing directory or a hub name org/model")
@@ -95,7 +95,7 @@ def fingerprint(directory: Path) -> str:
 
 
 @contextmanager
-def open_tensors(directory: Path) -> Iterator["TensorReader"]:
+def open_tensors(directory: Path) -> Generator["TensorReader"]:
     """Read single tensors of a checkpoint without loading the rest."""
     reader = TensorReader(directory)
     try:
@@ -152,12 +152,16 @@ class Numerics:
 
 
 def load_model(directory: Path, numerics: Numerics) -> PreTrainedModel:
-    """Load a checkpoint for inference, through the stock class; sets this process's matrix-product precision."""
+    """Load a checkpoint for inference, through the stock class, onto the GPU if this process has one.
+
+    Sets this process's matrix-product precision.
+    """
     transformers_logging.disable_progress_bar()  # the run has its own
     torch.set_float32_matmul_precision(numerics.matmul)
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=getattr(torch, numerics.dtype),
+        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,

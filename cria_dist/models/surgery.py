@@ -48,7 +48,9 @@ class Surgery:
         for key, kept in self.kept.items():
             site = Site.from_key(key)
             if site not in widths or not kept or max(kept) >= widths[site]:
-                raise PlanError(f"the plan does not fit the model at {key}: {len(kept)} units, width {widths.get(site)}")
+                raise PlanError(
+                    f"the plan does not fit the model at {key}: {len(kept)} units, width {widths.get(site)}"
+                )
             index = torch.tensor(kept, dtype=torch.int64)
             for name, dim in self.family.coupled_tensors(site, self.config).items():
                 chosen[name] = (index, dim)
@@ -77,8 +79,8 @@ def pruned_copy(model: PreTrainedModel, surgery: Surgery) -> PreTrainedModel:
     selections, replacements = surgery.selections(), surgery.replacements()
     state = {name: _operate(name, tensor, selections, replacements) for name, tensor in model.state_dict().items()}
     for name, size in surgery.zero_biases().items():
-        state[name] = torch.zeros(size, dtype=model.dtype)
-    state |= {name: tensor.to(model.dtype) for name, tensor in replacements.items() if name not in state}
+        state[name] = torch.zeros(size, dtype=model.dtype, device=model.device)
+    state |= {name: tensor.to(model.device, model.dtype) for name, tensor in replacements.items() if name not in state}
     pruned = checkpoint.empty_model(surgery.pruned_config())
     pruned.load_state_dict(state, strict=True, assign=True)
     pruned.tie_weights()
@@ -113,7 +115,7 @@ def _operate(
     replacements: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
     if name in replacements:
-        return replacements[name].to(tensor.dtype)
+        return replacements[name].to(tensor.device, tensor.dtype)
     if name in selections:
         index, dim = selections[name]
         return tensor.index_select(dim, index.to(tensor.device)).contiguous()

@@ -2,20 +2,17 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 from cria_dist.pipeline import results, rounds
 from cria_dist.pipeline.context import Context, Train
 from cria_dist.pipeline.results import Measured
 from cria_dist.pipeline.rounds import Model
-from cria_dist.records import Report
+from cria_dist.records import Report, Stage
 from cria_dist.report.writer import write_report
 from cria_dist.stages import verify
 from cria_dist.store.recording import Recording
 
-Until = Literal["record", "analyse", "decide", "apply", "recover", "report"]
-
-__all__ = ["Context", "Train", "Until", "prune"]
+__all__ = ["Context", "Train", "prune"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +23,7 @@ class Shrunk:
     dense_recording: Recording
 
 
-def prune(context: Context, command: str = "", until: Until = "report") -> Report | None:
+def prune(context: Context, command: str = "", until: Stage = "evaluate") -> Report | None:
     """Carry out a run, or resume it; what is finished is not computed again.
 
     Args:
@@ -40,19 +37,17 @@ def prune(context: Context, command: str = "", until: Until = "report") -> Repor
     shrunk = shrink(context, until)
     if shrunk is None or until == "apply":
         return None
-    compared = results.comparison_variants(context, shrunk.dense_recording) if until == "report" else []
+    compared = results.comparison_variants(context, shrunk.dense_recording) if until == "evaluate" else []
     recovered = results.recover_model(context, shrunk.model)
     if until == "recover":
         return None
     measured = measure(context, shrunk.model, recovered, compared)
-    report, evidence = results.collect_report(
-        context, command, rounds.round_folder(context, 0), shrunk.model, measured
-    )
+    report, evidence = results.collect_report(context, command, rounds.round_folder(context, 0), shrunk.model, measured)
     write_report(report, evidence, context.job.folder)
     return report
 
 
-def shrink(context: Context, until: Until = "report") -> Shrunk | None:
+def shrink(context: Context, until: Stage = "evaluate") -> Shrunk | None:
     """The rounds: each records, analyses, decides and applies on the model the last one left."""
     config = context.job.config
     model = rounds.dense_model(context)

@@ -1,7 +1,7 @@
 """What every step of the pipeline shares: the checked job, the pool, the trainer, the progress display."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ class Context:
     progress: Progress
 
     @contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Bar]:
+    def stage(self, name: str, total: int, unit: str) -> Generator[Bar]:
         """Show a stage, and add its seconds to the run's books (a resumed stage adds up)."""
         started = time.monotonic()
         try:

@@ -13,12 +13,11 @@ from cria_dist.pipeline.context import Context
 from cria_dist.pipeline.rounds import Model
 from cria_dist.records import Evaluation, Generation, PruningPlan, Report, SiteEvidence
 from cria_dist.report.versions import machine_and_versions
-from cria_dist.stages import demonstrate, evaluate, recover, verify
+from cria_dist.stages import demonstrate, evaluate, recover
 from cria_dist.stages.evaluate import Variant
 from cria_dist.stages.redraw import site_evidence
 from cria_dist.store import files
 from cria_dist.store.recording import Recording
-
 
 DigestedVariant = tuple[Variant, str]
 """A variant and the digest of its weights, or of what they are computed from."""
@@ -67,9 +66,12 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
         pruned.directory, job.calibration_path, target, log_path, config, job.numerics.matmul, job.config.seed
     )
     context.pool.release()
-    with context.stage("recover", config.steps, "steps") as bar:
-        with recover.following(log_path, bar.advance, config.batch_sequences * config.sequence_length):
-            context.train(task, f"recover-{digest[:12]}", job.folder / "recover")
+    tokens_per_step = config.batch_sequences * config.sequence_length
+    with (
+        context.stage("recover", config.steps, "steps") as bar,
+        recover.following(log_path, bar.advance, tokens_per_step),
+    ):
+        context.train(task, f"recover-{digest[:12]}", job.folder / "recover")
     files.write_json(mark, {"digest": digest})
     return Model(target, digest, pruned.plan)
 
@@ -103,9 +105,7 @@ def plan_variants(
     return variants
 
 
-def main_variants(
-    context: Context, dense: Model, pruned: Model, recovered: Model | None
-) -> list[DigestedVariant]:
+def main_variants(context: Context, dense: Model, pruned: Model, recovered: Model | None) -> list[DigestedVariant]:
     """Dense, pruned without repair, repaired, recovered, as far as they exist."""
     job, method = context.job, context.job.config.method
     if pruned.plan is None:
@@ -147,7 +147,9 @@ def demonstrate_variants(
 ) -> tuple[list[Evaluation], tuple[Generation, ...]]:
     """Add latency to the evaluations, and let every variant write the example texts."""
     job, settings = context.job, context.job.config.evaluate
-    key = files.digest("demonstrate", [digest for _, digest in variants], settings.model_dump(), job.digests["test_tokens"])
+    key = files.digest(
+        "demonstrate", [digest for _, digest in variants], settings.model_dump(), job.digests["test_tokens"]
+    )
     path = job.folder / "evaluations" / f"demonstration-{key[:16]}.json"
     if not path.is_file():
         task = demonstrate.Demonstration(

@@ -80,9 +80,7 @@ def record_round(context: Context, index: int, model: Model) -> Recording:
     return recording
 
 
-def analyse_sites(
-    context: Context, name: str, folder: Path, recording: Recording, model: Model, method: Method
-) -> str:
+def analyse_sites(context: Context, name: str, folder: Path, recording: Recording, model: Model, method: Method) -> str:
     """Score every site with a method; returns the digest of the analysis."""
     job = context.job
     digest = files.digest("analyse", recording.digest, model.digest, method.model_dump(mode="json"))
@@ -98,7 +96,9 @@ def analyse_sites(
     return digest
 
 
-def decide_round(context: Context, folder: Path, model: Model, method: Method, analysis: str, index: int) -> PruningPlan:
+def decide_round(
+    context: Context, folder: Path, model: Model, method: Method, analysis: str, index: int
+) -> PruningPlan:
     """Choose what stays, within this round's part of the budget; writes ``plan.json``."""
     job, prune = context.job, context.job.config.prune
     path = folder / "plan.json"

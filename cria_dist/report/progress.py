@@ -7,7 +7,7 @@ progress.close("done")
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -119,7 +119,7 @@ class Progress:
         return tuple(self._finished)
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None, unit: str = "items") -> Iterator[Bar]:
+    def stage(self, name: str, total: int | None = None, unit: str = "items") -> Generator[Bar]:
         """Time a stage and show how far it is; an exception marks the run as failed and is passed on.
 
         Stages follow one another; they do not nest.

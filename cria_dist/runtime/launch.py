@@ -8,9 +8,9 @@ from pathlib import Path
 import ray
 
 from cria_dist.config import RunConfig
-from cria_dist.pipeline import Context, Until, prune
+from cria_dist.pipeline import Context, prune
 from cria_dist.pool import LocalPool
-from cria_dist.records import Report
+from cria_dist.records import Report, Stage
 from cria_dist.report.progress import Progress
 from cria_dist.runtime.pool import RayPool
 from cria_dist.runtime.session import ray_session
@@ -19,7 +19,7 @@ from cria_dist.stages import recover
 from cria_dist.stages.prepare import Job, prepare
 
 
-def run(config: RunConfig, until: Until = "report") -> tuple[Job, Report | None]:
+def run(config: RunConfig, until: Stage = "evaluate") -> tuple[Job, Report | None]:
     """Check the configuration, then carry out the run up to a stage.
 
     Args:
@@ -44,7 +44,7 @@ def run(config: RunConfig, until: Until = "report") -> tuple[Job, Report | None]
     return job, report
 
 
-def _with_pool(job: Job, progress: Progress, until: Until) -> Report | None:
+def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
     if job.config.run.pool == "local":
         context = Context(job, LocalPool(), train_here, progress)
         return prune(context, command_line(), until)

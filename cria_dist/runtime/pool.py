@@ -133,7 +133,7 @@ class RayPool:
         return self._actors[:count]
 
     def _new_actor(self) -> ActorHandle[_Host]:
-        remote = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0)
         return remote(_Host).remote()
 
     def _replacement(self, actor: ActorHandle[_Host]) -> ActorHandle[_Host]:

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ OBJECT_STORE_BYTES = 128 << 20  # bulk data goes through files; 78 MiB is Ray's 
 
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[int]:
+def ray_session(config: RunConfig) -> Generator[int]:
     """Connect to Ray, yield the number of workers to use, and disconnect.
 
     Inside ``ray job submit`` (or with ``run.address``) the surrounding cluster is used. Otherwise a private cluster is

@@ -42,7 +42,7 @@ class Analyst:
 
     def __init__(self, task: AnalyseTask) -> None:
         self._task = task
-        self._library, _ = arrays.choose()
+        self._library: arrays.Library = arrays.choose()[0]
         self._config = checkpoint.read_config(task.model_dir)
         self._family = family_of(self._config)
 

@@ -65,31 +65,21 @@ class Demonstrator:
         torch.set_num_threads(task.threads)
         self._task = task
         self._prompt_1T = torch.from_numpy(np.load(task.tokens_path, allow_pickle=False)[:1]).to(torch.int64)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __call__(self, visit: Visit) -> Shown:
         """One timed visit of one variant, after a warm-up pass."""
-        model = visit.variant.load(self._task.numerics).to(self._device)
-        prompt_1T = self._prompt_1T.to(self._device)
+        model = visit.variant.load(self._task.numerics)
+        prompt_1T = self._prompt_1T.to(model.device)
         with torch.inference_mode():
             model(input_ids=prompt_1T[:, :32])
-            prefill = self._seconds(lambda: model(input_ids=prompt_1T))
-            decode = self._seconds(lambda: _greedy(model, prompt_1T[:, :32], DECODED_TOKENS))
+            prefill = _seconds(lambda: model(input_ids=prompt_1T))
+            decode = _seconds(lambda: _greedy(model, prompt_1T[:, :32], DECODED_TOKENS))
         texts = self._texts(model, visit.variant.model_dir) if visit.write_texts else ()
         return Shown(1e3 * prefill, 1e3 * decode / DECODED_TOKENS, texts)
 
     def _texts(self, model: PreTrainedModel, directory: Path) -> tuple[str, ...]:
         tokenizer = checkpoint.load_tokenizer(directory)
         return tuple(complete(model, tokenizer, prompt, self._task.new_tokens) for prompt in self._task.prompts)
-
-    def _seconds(self, action: Callable[[], object]) -> float:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        action()
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
 
 def alternating_visits(variants: Sequence[Variant], repeats: int) -> list[Visit]:
@@ -124,6 +114,15 @@ def generations(texts: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> t
     )
 
 
+def _seconds(action: Callable[[], object]) -> float:
+    """Wall time of an action, until the GPU has finished it too."""
+    started = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
     """Greedy continuation of a prompt."""
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -133,7 +132,7 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
 
 
 def _greedy(model: PreTrainedModel, prompt_1T: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    return model.generate(  # pyright: ignore[reportReturnType]  (a tensor unless a dict is asked for)
+    return model.generate(  # pyright: ignore[reportReturnType,reportCallIssue]  (untyped mixin; a tensor unless a dict is asked for)
         prompt_1T,
         attention_mask=torch.ones_like(prompt_1T),
         max_new_tokens=new_tokens,

@@ -65,7 +65,6 @@ class PerplexityMeter:
         self._numerics = numerics
         self._batch = batch_sequences
         self._results = results
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __call__(self, variant: Variant) -> Evaluation:
         """Perplexity and size of a variant; also written to its file, so that a finished measurement is never lost.
@@ -73,10 +72,12 @@ class PerplexityMeter:
         Raises:
             NumericError: the loss is not finite.
         """
-        model = variant.load(self._numerics).to(self._device)
+        model = variant.load(self._numerics)
         loss = mean_loss(model, self._tokens_ST, self._batch)
         if not math.isfinite(loss):
-            raise NumericError(f"the loss of {variant.label} is {loss}; was the model damaged by pruning in this dtype?")
+            raise NumericError(
+                f"the loss of {variant.label} is {loss}; was the model damaged by pruning in this dtype?"
+            )
         evaluation = Evaluation(
             label=variant.label,
             method=variant.method,
@@ -91,7 +92,7 @@ class PerplexityMeter:
 
 
 def mean_loss(model: PreTrainedModel, tokens_ST: np.ndarray, batch: int) -> float:
-    """Token mean of the negative log likelihood over non-overlapping sequences; each sequence starts without context."""
+    """Token mean of the negative log likelihood; each sequence starts without context."""
     total, count = 0.0, 0
     with torch.inference_mode():
         for start in range(0, len(tokens_ST), batch):

@@ -143,8 +143,8 @@ def _check_disk(
     free = files.free_bytes(folder)
     if needed > free:
         raise ConfigError(
-            f"the run needs {needed / 1e9:.1f} GB below {folder} and {free / 1e9:.1f} GB are free; lower record.tokens, "
-            "or set run.root to a larger volume"
+            f"the run needs {needed / 1e9:.1f} GB below {folder} and {free / 1e9:.1f} GB are free; lower "
+            "record.tokens, or set run.root to a larger volume"
         )
 
 

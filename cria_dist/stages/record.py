@@ -62,8 +62,8 @@ class Recorder:
     def __init__(self, task: RecordTask) -> None:
         self._task = task
         self._tokens_ST = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = checkpoint.load_model(task.model_dir, task.numerics).to(self._device)
+        self._model = checkpoint.load_model(task.model_dir, task.numerics)
+        self._device = self._model.device
         config = checkpoint.read_config(task.model_dir)
         family = family_of(config)
         self._observers = {
@@ -133,7 +133,7 @@ class Recorder:
 class SiteObserver:
     """Collects the signals of one site over one shard."""
 
-    def __init__(self, width: int, dtype: str, device: str) -> None:
+    def __init__(self, width: int, dtype: str, device: torch.device) -> None:
         self.width = width
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self.signals: dict[str, list[torch.Tensor]] = {}

@@ -7,7 +7,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +179,7 @@ def optimise(parallel: torch.nn.Module, state: TrainState, batch_SD: torch.Tenso
     total = 0.0
     for index, part_SD in enumerate(parts):
         postponed = index < len(parts) - 1 and isinstance(parallel, torch.nn.parallel.DistributedDataParallel)
-        with parallel.no_sync() if postponed else nullcontext():
+        with parallel.no_sync() if postponed else nullcontext():  # pyright: ignore[reportCallIssue]  (DDP, just checked)
             loss = next_token_loss(parallel, part_SD) * (len(part_SD) / len(batch_SD))
             loss.backward()
         total += float(loss.detach())
@@ -209,7 +209,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def following(log_path: Path, advance: Callable[[int, int], None], tokens_per_step: int) -> Iterator[None]:
+def following(log_path: Path, advance: Callable[[int, int], None], tokens_per_step: int) -> Generator[None]:
     """Report the steps that training workers log, from a thread, until the block ends."""
     finished = threading.Event()
     seen = 0

@@ -47,7 +47,9 @@ def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_pa
     """
     tokens_1T = np.load(tokens_path, allow_pickle=False)[:1, :64]
     with torch.inference_mode():
-        ours = reference(input_ids=torch.from_numpy(tokens_1T).long().to(_device(reference))).logits.float().cpu().numpy()
+        ours = (
+            reference(input_ids=torch.from_numpy(tokens_1T).long().to(_device(reference))).logits.float().cpu().numpy()
+        )
     with tempfile.TemporaryDirectory() as folder:
         tokens, logits = Path(folder) / "tokens.npy", Path(folder) / "logits.safetensors"
         np.save(tokens, tokens_1T, allow_pickle=False)

@@ -1,0 +1,1 @@
+"""What a run leaves on storage: whole files, commit records, manifests."""

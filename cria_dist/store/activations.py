@@ -41,7 +41,9 @@ def write_shard(
     columns = [pa.array(values) for values in tokens.values()]
     for name, words_TN in signals.items():
         if words_TN.dtype != WORDS[dtype]:
-            raise DataError(f"signal {name!r} at {site_key} has words {words_TN.dtype}, dtype {dtype} needs {WORDS[dtype]}")
+            raise DataError(
+                f"signal {name!r} at {site_key} has words {words_TN.dtype}, dtype {dtype} needs {WORDS[dtype]}"
+            )
         contiguous = np.ascontiguousarray(words_TN)
         binary = pa.binary(width * contiguous.itemsize)
         columns.append(pa.Array.from_buffers(binary, len(contiguous), [None, pa.py_buffer(contiguous)]))

@@ -1,4 +1,4 @@
-"""Whole files or none: write to a temporary name, flush to disk, rename. Plus digests and names that are safe as paths."""
+"""Whole files or none: temporary name, flush to disk, rename. Plus digests and names that are safe as paths."""
 
 import hashlib
 import json

@@ -35,7 +35,9 @@ def read_moments(paths: Sequence[tuple[Path, str]]) -> Moments:
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}); run the same command again") from error
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataError(f"{path} is not what was recorded (sha256 differs); delete it and run the same command again")
+            raise DataError(
+                f"{path} is not what was recorded (sha256 differs); delete it and run the same command again"
+            )
         tensors = load(content)
         moments = Moments(
             int(tensors["count"][0]), tensors["total"].astype(np.float64), tensors["gram"].astype(np.float64)

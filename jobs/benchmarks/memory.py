@@ -1,0 +1,53 @@
+"""Peak memory of a command and all its descendants."""
+
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+INTERVAL_SECONDS = 1.0
+
+
+def run_measured(command: Sequence[str], log: Path) -> tuple[int, int]:
+    """Run a command, its output into a file.
+
+    Memory is the sum of the proportional set sizes of the process tree, once a second: pages that several processes
+    share (libraries, mapped weights) count once, as they do in the machine.
+
+    Returns:
+        Exit code and peak bytes.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        finished = threading.Event()
+        peak = [0]
+        watcher = threading.Thread(target=_watch, args=(process.pid, peak, finished), daemon=True)
+        watcher.start()
+        code = process.wait()
+        finished.set()
+        watcher.join()
+    return code, peak[0]
+
+
+def _watch(pid: int, peak: list[int], finished: threading.Event) -> None:
+    while not finished.wait(INTERVAL_SECONDS):
+        peak[0] = max(peak[0], _tree_bytes(pid))
+
+
+def _tree_bytes(pid: int) -> int:
+    try:
+        root = psutil.Process(pid)
+        processes = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    return sum(_proportional_bytes(process) for process in processes)
+
+
+def _proportional_bytes(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return 0

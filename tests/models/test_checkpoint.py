@@ -1,0 +1,190 @@
+"""Finding, describing and loading checkpoints."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cria_dist.errors import ConfigError, DataError
+from cria_dist.models import checkpoint
+from cria_dist.models.checkpoint import Numerics
+from cria_dist.models.family import family_of
+from cria_dist.records import Site
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture
+def mine(pico: Path, tmp_path: Path) -> Path:
+    """A copy of the pico model that a test may damage."""
+    return Path(shutil.copytree(pico, tmp_path / "model"))
+
+
+def test_locate_finds_a_directory(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert checkpoint.locate(str(pico), None) == pico
+    monkeypatch.chdir(pico.parent)
+    assert checkpoint.locate("pico", None) == pico
+
+
+def test_locate_finds_a_sharded_checkpoint(make_model: MakeModel, tmp_path: Path) -> None:
+    sharded = make_model(tmp_path / "sharded", shard_size="20KB")
+    assert checkpoint.locate(str(sharded), None) == sharded
+
+
+@pytest.mark.parametrize("path", ["no-such-model", "./no/such", "/no/such/model", "~/no-such-model", "a/b/c"])
+def test_locate_names_a_missing_directory(path: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path='.*no-such|model\.path='.*(no/such|a/b/c)"):
+        checkpoint.locate(path, None)
+
+
+def test_locate_of_a_hub_name_without_network_is_one_error() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path='nobody/no-model' is neither a directory nor reachable") as info:
+        checkpoint.locate("nobody/no-model", None)
+    assert "\n" not in str(info.value)
+
+
+def test_locate_wants_a_config(mine: Path) -> None:
+    (mine / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        checkpoint.locate(str(mine), None)
+
+
+def test_locate_wants_safetensors(mine: Path) -> None:
+    (mine / checkpoint.WEIGHTS).rename(mine / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors; convert it"):
+        checkpoint.locate(str(mine), None)
+
+
+def test_a_damaged_config_is_one_of_our_errors(mine: Path) -> None:
+    (mine / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises((ConfigError, DataError), match=r"config\.json"):
+        checkpoint.read_config(checkpoint.locate(str(mine), None))
+
+
+def test_a_missing_shard_is_one_of_our_errors(make_model: MakeModel, tmp_path: Path) -> None:
+    sharded = make_model(tmp_path / "sharded", shard_size="20KB")
+    lost = list(checkpoint.weight_files(sharded))[1]
+    (sharded / lost).unlink()
+    with pytest.raises((ConfigError, DataError), match=lost):
+        checkpoint.fingerprint(checkpoint.locate(str(sharded), None))
+
+
+def test_unknown_family_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match=r"'gpt_neox' is not known; known families: llama, mistral, qwen2, qwen3"):
+        family_of({"model_type": "gpt_neox"})
+    with pytest.raises(ConfigError, match="None is not known"):
+        family_of({})
+
+
+def test_quantised_checkpoints_are_refused() -> None:
+    with pytest.raises(ConfigError, match="quantised"):
+        family_of({"model_type": "llama", "quantization_config": {"bits": 4}})
+
+
+def test_weight_files_cover_all_tensors(make_model: MakeModel, tmp_path: Path, pico: Path) -> None:
+    sharded = make_model(tmp_path / "sharded", shard_size="20KB")
+    names = [name for names in checkpoint.weight_files(sharded).values() for name in names]
+    assert sorted(names) == sorted(load_file(pico / checkpoint.WEIGHTS))
+    assert list(checkpoint.weight_files(pico)) == [checkpoint.WEIGHTS]
+
+
+def test_fingerprint_sees_one_changed_weight(mine: Path, pico: Path) -> None:
+    assert checkpoint.fingerprint(mine) == checkpoint.fingerprint(pico)
+    tensors = load_file(mine / checkpoint.WEIGHTS)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
+    save_file(tensors, mine / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    assert checkpoint.fingerprint(mine) != checkpoint.fingerprint(pico)
+
+
+def test_fingerprint_sees_a_changed_config(mine: Path, pico: Path) -> None:
+    config = checkpoint.read_config(mine)
+    (mine / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    assert checkpoint.fingerprint(mine) != checkpoint.fingerprint(pico)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_counted_parameters_are_the_real_ones(
+    tied: bool, model_type: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    directory = make_model(tmp_path / "model", model_type, tie_word_embeddings=tied)
+    stored = sum(tensor.numel() for tensor in load_file(directory / checkpoint.WEIGHTS).values())
+    loaded = sum(parameter.numel() for parameter in checkpoint.load_model(directory, Numerics()).parameters())
+    counted = checkpoint.count_parameters(checkpoint.read_config(directory))
+    assert counted == stored == loaded
+
+
+def test_a_unit_costs_what_leaves_with_it(make_model: MakeModel, tmp_path: Path) -> None:
+    for number, changes in enumerate([{}, {"mlp_bias": True}]):
+        wide = make_model(tmp_path / f"wide-{number}", **changes)
+        config = checkpoint.read_config(wide)
+        narrow = {**config, "intermediate_size": 47}
+        difference = checkpoint.count_parameters(config) - checkpoint.count_parameters(narrow)
+        assert difference == 2 * family_of(config).unit_cost(config)
+
+
+def test_empty_model_takes_no_memory(pico: Path) -> None:
+    model = checkpoint.empty_model(checkpoint.read_config(pico))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_tensor_reader_reads_across_shards(make_model: MakeModel, tmp_path: Path, pico: Path) -> None:
+    sharded = make_model(tmp_path / "sharded", shard_size="20KB")
+    whole = load_file(pico / checkpoint.WEIGHTS)
+    with checkpoint.open_tensors(sharded) as tensors:
+        for name, tensor in whole.items():
+            assert torch.equal(tensors.read(name), tensor), name
+        with pytest.raises(DataError, match=r"has no tensor 'model\.layers\.9\.nothing'"):
+            tensors.read("model.layers.9.nothing")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_load_model_computes_in_the_dtype_asked_for(dtype: str, pico: Path) -> None:
+    model = checkpoint.load_model(pico, Numerics(dtype))
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert not model.training
+
+
+def test_load_model_sets_the_precision_of_matrix_products(pico: Path) -> None:
+    try:
+        checkpoint.load_model(pico, Numerics("float32", "medium"))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        checkpoint.load_model(pico, Numerics())
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_missing_tokenizer_is_named(mine: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (mine / name).unlink()
+    with pytest.raises(ConfigError, match=r"no tokenizer in .*put tokenizer\.json beside the weights"):
+        checkpoint.load_tokenizer(mine)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_write_like_keeps_layout_and_dtype(tied: bool, make_model: MakeModel, tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", dtype="bfloat16", shard_size="20KB", tie_word_embeddings=tied)
+    model = checkpoint.load_model(source, Numerics("float32"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    checkpoint.write_like(source, tmp_path / "target", model.state_dict())
+    assert checkpoint.weight_files(tmp_path / "target") == checkpoint.weight_files(source)
+    assert checkpoint.read_config(tmp_path / "target") == checkpoint.read_config(source)
+    for file in checkpoint.weight_files(source):
+        old, new = load_file(source / file), load_file(tmp_path / "target" / file)
+        for name in old:
+            assert new[name].dtype == torch.bfloat16
+            assert torch.equal(new[name], 2 * old[name])
+
+
+def test_sites_are_the_mlps_of_all_layers(pico: Path) -> None:
+    config = checkpoint.read_config(pico)
+    assert family_of(config).widths(config) == {Site(0): 48, Site(1): 48}
+    modules = family_of(config).modules(Site(1))
+    names = dict(checkpoint.empty_model(config).named_modules())
+    assert {*modules.inputs.values(), modules.output} <= set(names)
