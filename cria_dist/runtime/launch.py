@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import ray
+import torch
 
 from cria_dist.config import RunConfig
 from cria_dist.pipeline import Context, prune
@@ -46,6 +47,7 @@ def run(config: RunConfig, until: Stage = "evaluate") -> tuple[Job, Report | Non
 
 def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
     if job.config.run.pool == "local":
+        torch.set_num_threads(1)  # as in every Ray worker: the same sums in the same order
         context = Context(job, LocalPool(), train_here, progress)
         return prune(context, command_line(), until)
     with ray_session(job.config) as workers:

@@ -88,7 +88,7 @@ def train(task: RecoverTask, place: Place, wrap: Wrap, resume: Path | None, save
     started = time.monotonic()
     for step in range(start, config.steps):
         mine = order[step][place.rank :: place.world]
-        loss = optimise(parallel, state, blocks_SD[mine], learning_rate(step, config))
+        loss = mean_over_workers(optimise(parallel, state, blocks_SD[mine], learning_rate(step, config)), place)
         if not math.isfinite(loss):
             raise NumericError(f"recovery: the loss is {loss} at step {step}; lower recover.learning_rate")
         if place.rank == 0:
@@ -186,6 +186,15 @@ def optimise(parallel: torch.nn.Module, state: TrainState, batch_SD: torch.Tenso
     torch.nn.utils.clip_grad_norm_(state.trained.values(), CLIP_NORM)
     state.optimizer.step()
     return total
+
+
+def mean_over_workers(loss: float, place: Place) -> float:
+    """The loss of the global batch: every worker has the same number of sequences."""
+    if place.world == 1:
+        return loss
+    total = torch.tensor([loss], device="cuda" if torch.cuda.is_available() else "cpu")
+    torch.distributed.all_reduce(total)
+    return float(total) / place.world
 
 
 def next_token_loss(parallel: torch.nn.Module, tokens_SD: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,9 @@ def blobs(sizes, seed=0):
     return centres[owners] + rng.normal(size=(owners.size, 8)), owners
 
 
-@pytest.mark.parametrize(("size", "observations", "k"), [(2, 3, 1), (11, 4, 10), (64, 1, 5), (130, 33, 9), (512, 96, 10)])
+@pytest.mark.parametrize(
+    ("size", "observations", "k"), [(2, 3, 1), (11, 4, 10), (64, 1, 5), (130, 33, 9), (512, 96, 10)]
+)
 def test_neighbours_equal_brute_force(library, size, observations, k):
     signals = np.random.default_rng(size).standard_t(3, size=(size, observations))
     found = graphs.nearest_neighbours(arrays.to_device(signals, library), k)

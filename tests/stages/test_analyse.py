@@ -1,0 +1,148 @@
+"""Analysis of a site: the statistics a method gets, and what becomes of its verdict."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cria_dist.errors import DataError, NumericError
+from cria_dist.methods import Cria, Magnitude, Random, SiteStatistics, Verdict
+from cria_dist.models import checkpoint
+from cria_dist.records import Site
+from cria_dist.stages.analyse import AnalyseTask, Analyst
+from cria_dist.stages.record import Recorder, RecordTask
+from cria_dist.store.recording import Recording
+from cria_dist.store.site_scores import has_scores, read_scores
+
+SITE = Site(1)
+
+
+@pytest.fixture(scope="module")
+def recording(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Recording:
+    folder = tmp_path_factory.mktemp("recording")
+    tokens_ST = np.random.default_rng(0).integers(0, 256, (8, 32)).astype(np.int32)
+    np.save(folder / "tokens.npy", tokens_ST)
+    made = Recording(folder, "digest")
+    numerics = checkpoint.Numerics()
+    recorder = Recorder(RecordTask(made, pico, folder / "tokens.npy", numerics, "float32", 4, 4, 120, 0))
+    for shard in range(2):
+        recorder(shard)
+    made.write_manifest(2)
+    return made
+
+
+MakeTask = Callable[..., AnalyseTask]
+
+
+@pytest.fixture
+def make_task(recording: Recording, pico: Path, tmp_path: Path) -> MakeTask:
+    def make(method: Any = None, **changes: Any) -> AnalyseTask:
+        return replace(AnalyseTask(recording, pico, method or Cria(), tmp_path / "out", "d1", 0), **changes)
+
+    return make
+
+
+@dataclass
+class Spy:
+    """A method that asks for everything and keeps what it got."""
+
+    wanted: tuple[str, ...] = ("signals", "moments", "weights")
+    broken: str = ""
+    seen: list[SiteStatistics] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return "spy"
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        return frozenset(self.wanted)
+
+    def score(self, statistics: SiteStatistics) -> Verdict:
+        self.seen.append(statistics)
+        if self.broken == "raises":
+            raise NumericError("all neurons are alike")
+        size = statistics.width - (self.broken == "too few")
+        return Verdict(np.full(size, np.nan if self.broken == "nan" else 0.0))
+
+
+def test_a_method_gets_what_it_asks_for(make_task: MakeTask, recording: Recording, pico: Path) -> None:
+    spy = Spy()
+    Analyst(make_task(spy))(SITE)
+    (seen,) = spy.seen
+    signals = recording.signals(SITE)
+    assert np.array_equal(seen.input_NM, np.concatenate([signals["gate"], signals["up"]], axis=1))
+    assert np.array_equal(seen.output_NM, signals["output"])
+    assert seen.width == 48
+    assert np.array_equal(seen.moments.gram_NN, recording.moments(SITE).gram_NN)
+    weights = load_file(pico / checkpoint.WEIGHTS)
+    gate, up, down = (weights[f"model.layers.1.mlp.{name}_proj.weight"].double() for name in ("gate", "up", "down"))
+    incoming_N = torch.cat([gate, up], dim=1).norm(dim=1).numpy()
+    assert np.allclose(seen.output_norm_N, down.norm(dim=0).numpy())
+    assert np.allclose(seen.weight_norm_N, incoming_N * down.norm(dim=0).numpy())
+
+
+def test_a_method_gets_nothing_else(make_task: MakeTask) -> None:
+    spy = Spy(wanted=())
+    Analyst(make_task(spy))(SITE)
+    (seen,) = spy.seen
+    assert [seen.input_NM, seen.output_NM, seen.moments, seen.weight_norm_N, seen.output_norm_N] == [None] * 5
+
+
+def test_seeds_differ_by_site_and_run_and_nothing_else(make_task: MakeTask) -> None:
+    spy = Spy(wanted=())
+    for seed in (0, 1, 0):
+        for site in (Site(0), Site(1)):
+            Analyst(make_task(spy, seed=seed))(site)
+    seeds = [statistics.seed for statistics in spy.seen]
+    assert seeds[:2] == seeds[4:]
+    assert len(set(seeds)) == 4
+
+
+@pytest.mark.parametrize("method", [Cria(), Cria(preset="recommended"), Random(), Magnitude()], ids=lambda m: m.title)
+def test_every_method_scores_a_site(method: Any, make_task: MakeTask, tmp_path: Path) -> None:
+    task = make_task(method)
+    assert Analyst(task)(SITE) == SITE.key
+    assert has_scores(task.folder, SITE, "d1")
+    scores = read_scores(task.folder, SITE)
+    assert scores.keep_N.shape == (48,)
+    assert len(set(scores.keep_N.tolist())) > 24
+    assert scores.cost_N.tolist() == [3 * 32] * 48
+    other = replace(task, folder=tmp_path / "again")
+    Analyst(other)(SITE)
+    name = f"scores/{SITE.key}.npz"
+    assert (task.folder / name).read_bytes() == (other.folder / name).read_bytes()
+
+
+def test_cria_leaves_its_spectrum(make_task: MakeTask) -> None:
+    task = make_task(Cria())
+    Analyst(task)(SITE)
+    spectrum = read_scores(task.folder, SITE).spectrum
+    assert spectrum is not None
+    assert (np.diff(spectrum.values_K) <= 0).all()
+    assert spectrum.residual < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"), [("nan", "or NaN"), ("too few", r"shape \(47,\)"), ("raises", "all neurons are alike")]
+)
+def test_a_broken_verdict_names_the_site(broken: str, message: str, make_task: MakeTask) -> None:
+    task = make_task(Spy(broken=broken))
+    with pytest.raises(NumericError, match=rf"layer-001\.mlp: .*{message}"):
+        Analyst(task)(SITE)
+    assert not has_scores(task.folder, SITE, "d1")
+
+
+def test_too_many_neighbours_name_the_site_and_the_remedy(make_task: MakeTask) -> None:
+    with pytest.raises(NumericError, match=r"layer-001\.mlp: .*lower method\.neighbours"):
+        Analyst(make_task(Cria(neighbours=100)))(SITE)
+
+
+def test_a_recording_that_is_gone_is_an_error(make_task: MakeTask, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        Analyst(make_task(Cria(), recording=Recording(tmp_path / "gone", "x")))(SITE)
