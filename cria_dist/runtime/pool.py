@@ -93,6 +93,8 @@ class RayPool:
     ) -> Iterator[tuple[Item, Result]]:
         """See :meth:`cria_dist.pool.Pool.map`."""
         self._stage += 1
+        if self._gpus:
+            self.release()  # torch and CuPy keep separate memory pools; a new stage gets an empty GPU
         attempts = _Attempts[Item](deque((item, 0, 0.0) for item in items))
         actors = self._ready_actors(min(workers or self._workers, self._workers, max(len(items), 1)))
         idle = deque(actors)

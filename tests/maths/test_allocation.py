@@ -16,8 +16,12 @@ site_widths = st.dictionaries(st.sampled_from(["a", "b", "c"]), st.integers(1, 2
 def test_uniform_widths_by_hand():
     assert uniform_widths({"a": 1536, "b": 1000}, 0.25, 8) == {"a": 1152, "b": 744}
     assert uniform_widths({"a": 1536}, 0.3, 1) == {"a": 1075}
-    assert uniform_widths({"a": 10}, 0.1, 1) == {"a": 9}  # 10 * (1 - 0.1) is 9.0 only in exact arithmetic
-    assert uniform_widths({"a": 100}, 0.42, 1) == {"a": 58}
+
+
+@pytest.mark.parametrize("width", [10, 100, 1000, 1536])
+def test_every_percentage_is_exact_in_spite_of_binary_fractions(width):
+    for percent in range(1, 90):
+        assert uniform_widths({"a": width}, percent / 100, 1) == {"a": width * (100 - percent) // 100}
 
 
 @given(widths=site_widths, ratio=ratios, multiple=st.sampled_from([1, 2, 8, 16, 64]))

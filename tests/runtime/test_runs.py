@@ -55,13 +55,12 @@ def test_two_training_workers_equal_one(run_config: Callable[..., Any], finished
 
 
 def test_killed_in_every_stage_it_continues_and_decides_the_same(
-    run_tree: dict[str, Any], finished_run: Any, tmp_path: Path
+    run_tree: dict[str, Any], write_toml: Callable[[Path, dict[str, Any]], Path], finished_run: Any, tmp_path: Path
 ) -> None:
     tree = {**run_tree, "run": {"root": str(tmp_path / "runs"), "workers": 2}}
     tree["compare"] = [{"name": "random"}, {"name": "magnitude"}]
     tree["recover"] = {**run_tree["recover"], "steps": 40, "checkpoint_every": 5}
-    config_path = tmp_path / "run.toml"
-    config_path.write_text(_toml(tree))
+    config_path = write_toml(tmp_path / "run.toml", tree)
     assert parse(tree).method == finished_run.config.method
     for stage in ("record", "analyse", "recover", "evaluate"):
         _run_and_kill(config_path, tmp_path / "runs", stage)
@@ -102,20 +101,3 @@ def _status(root: Path) -> dict[str, Any]:
     for path in root.glob("*/progress.json"):
         return json.loads(path.read_text())
     return {}
-
-
-def _toml(tree: dict[str, Any]) -> str:
-    """The few kinds of values a run configuration has, as TOML."""
-    plain = {key: value for key, value in tree.items() if not isinstance(value, dict) and key != "compare"}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in plain.items()]
-    lines += [f"compare = [{', '.join(_inline(one) for one in tree.get('compare', []))}]"]
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            lines += [f"[{key}]", *(f"{name} = {_inline(item)}" for name, item in value.items())]
-    return "\n".join(lines)
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
-    return json.dumps(value)

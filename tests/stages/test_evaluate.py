@@ -117,29 +117,30 @@ def change_a_weight(directory: Path, value: float) -> None:
     save_file(tensors, directory / checkpoint.WEIGHTS, metadata={"format": "pt"})
 
 
-def test_a_stranger_computes_the_same_logits_until_a_weight_changes(
-    pico: Path, tokens_path: Path, tmp_path: Path
-) -> None:
-    target = tmp_path / "pruned"
-    surgery.write_pruned(pico, target, surgery_of(pico))
+def test_a_stranger_finds_a_tampered_weight(pico: Path, tokens_path: Path, tmp_path: Path) -> None:
+    """That an honest checkpoint passes is part of the finished run."""
+    surgery.write_pruned(pico, tmp_path / "pruned", surgery_of(pico))
     reference = surgery.pruned_copy(checkpoint.load_model(pico, Numerics()), surgery_of(pico))
-    said = verify.loads_in_transformers(target, reference, tokens_path, "float32")
-    assert said.startswith("loaded in a fresh process without this package, logits equal")
-    change_a_weight(target, 0.5)
+    change_a_weight(tmp_path / "pruned", 0.5)
     with pytest.raises(DataError, match=r"pruned loads in transformers, but its logits differ by \d"):
-        verify.loads_in_transformers(target, reference, tokens_path, "float32")
+        verify.loads_in_transformers(tmp_path / "pruned", reference, tokens_path, "float32")
 
 
 def test_a_checkpoint_that_does_not_load_is_an_error(
-    pico: Path, tokens_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico: Path, tokens_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = checkpoint.load_model(pico, Numerics())
-    with pytest.raises(DataError, match=r"gone does not load in transformers: \S+"):
-        verify.loads_in_transformers(tmp_path / "gone", reference, tokens_path, "float32")
-    not_loading = verify.STRANGER.replace("model = ", "import cria_dist\nmodel = ")
-    monkeypatch.setattr(verify, "STRANGER", not_loading)
+    monkeypatch.setattr(verify, "STRANGER", "import sys\nraise OSError(f'no weights in {sys.argv[1]}')")
+    with pytest.raises(DataError, match="pico does not load in transformers: OSError: no weights in .*pico"):
+        verify.loads_in_transformers(pico, checkpoint.load_model(pico, Numerics()), tokens_path, "float32")
+
+
+def test_the_stranger_cannot_import_this_package(
+    pico: Path, tokens_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first_lines, _, _ = verify.STRANGER.partition("import numpy")
+    monkeypatch.setattr(verify, "STRANGER", f"{first_lines}\nimport cria_dist.models.family")
     with pytest.raises(DataError, match="does not load in transformers: ModuleNotFoundError.*cria_dist"):
-        verify.loads_in_transformers(pico, reference, tokens_path, "float32")
+        verify.loads_in_transformers(pico, checkpoint.load_model(pico, Numerics()), tokens_path, "float32")
 
 
 def test_a_logit_that_is_not_a_number_is_not_equal(

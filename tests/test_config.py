@@ -1,0 +1,178 @@
+"""Reading a configuration: overrides, strictness, messages."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from cria_dist.config import RunConfig, load, parse
+from cria_dist.errors import ConfigError
+from cria_dist.methods import Cria, Magnitude
+
+MINIMAL = '[model]\npath = "m"\n'
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(f'name = "demo"\n{MINIMAL}[prune]\nratio = 0.3\n[method]\nname = "cria"\npreset = "recommended"\n')
+    return path
+
+
+def test_a_file_and_its_defaults(toml: Path) -> None:
+    config = load(toml)
+    assert (config.name, config.model.path, config.prune.ratio, config.prune.rounds) == ("demo", "m", 0.3, 1)
+    assert isinstance(config.method, Cria)
+    assert config.method.spectrum == "full"
+    assert config.run.pool == "ray"
+
+
+def test_overrides_take_the_type_of_the_value(toml: Path) -> None:
+    config = load(
+        toml,
+        [
+            "prune.ratio=0.5",
+            "prune.rounds=3",
+            "method.neighbour_guard=true",
+            'compare=[{name="random"}, {name="magnitude"}]',
+            'evaluate.prompts=["a=b", "c"]',
+        ],
+    )
+    assert (config.prune.ratio, config.prune.rounds) == (0.5, 3)
+    assert isinstance(config.method, Cria)
+    assert config.method.neighbour_guard
+    assert [method.name for method in config.compare] == ["random", "magnitude"]
+    assert config.evaluate.prompts == ("a=b", "c")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("org/model", "org/model"),
+        ("builtin:smollm2-135m", "builtin:smollm2-135m"),
+        ("/a/b c", "/a/b c"),
+        ('"quoted"', "quoted"),
+        ("a=b", "a=b"),
+        ("", ""),
+    ],
+)
+def test_strings_need_no_quotes(text: str, value: str, toml: Path) -> None:
+    assert load(toml, [f"model.path={text}"]).model.path == value
+
+
+def test_an_override_can_make_a_section(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").write_text("")
+    assert load(tmp_path / "empty.toml", ["model.path=m", "run.folder=x"]).run.folder == "x"
+
+
+def test_the_last_override_wins(toml: Path) -> None:
+    assert load(toml, ["prune.ratio=0.5", "prune.ratio=0.6"]).prune.ratio == 0.6
+
+
+def test_a_method_is_chosen_by_name(toml: Path) -> None:
+    toml.write_text(MINIMAL)
+    assert isinstance(load(toml, ["method.name=magnitude"]).method, Magnitude)
+
+
+@pytest.mark.parametrize("override", ["prune.ratio", "=3", "", "prune"])
+def test_an_override_needs_key_and_value(override: str, toml: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not of the form dotted\.key=value"):
+        load(toml, [override])
+
+
+def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
+    with pytest.raises(ConfigError, match="'ratio' is a value, not a section"):
+        load(toml, ["prune.ratio.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.ration=0.3", r"unknown key 'prune\.ration'; known keys here: budget, multiple, ratio, repair, ridge, rounds"),
+        ("sead=1", r"unknown key 'sead'; known keys here: compare, data, evaluate, method, .*, seed"),
+        ("data.test.sauce=x", r"unknown key 'data\.test\.sauce'; known keys here: field, part, source, split, subset"),
+        ("method.neighbors=3", r"unknown key 'method\.neighbors'; known keys here: .*neighbours"),
+        ("prune.ratio=1", r"^prune\.ratio=1: .*less than 1"),
+        ("prune.ratio=a fifth", r'^prune\.ratio="a fifth": .*number'),
+        ("prune.repair=best", r"prune\.repair=\"best\": .*'none', 'bias' or 'least_squares'"),
+        ("record.tokens=4", r"record\.tokens=4: .*greater than or equal to 32"),
+        ("method.neighbours=0", r"^method\.neighbours=0: .*greater than or equal to 1"),
+        ("method.name=best", r"^method=.*'cria'.*'random'.*'magnitude'"),
+        ("seed=-1", r"^seed=-1: "),
+        ("recover.workers=3", r"recover\.batch_sequences=8 is not a multiple of recover\.workers=3; choose a multiple"),
+        ("name=a/b", r'^name="a/b": a name starts with a letter or digit'),
+        ("recover.learning_rate=inf", r"^recover\.learning_rate="),
+        ("prune.ridge=inf", r"^prune\.ridge="),
+    ],
+)
+def test_a_complaint_names_key_value_and_rule(override: str, message: str, toml: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as complaint:
+        load(toml, [override])
+    assert "\n" not in str(complaint.value)
+
+
+def test_all_complaints_come_at_once(toml: Path) -> None:
+    with pytest.raises(ConfigError, match=r"prune\.ratio=2: .*; prune\.rounds=0: "):
+        load(toml, ["prune.ratio=2", "prune.rounds=0"])
+
+
+def test_the_model_must_be_given(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"missing key 'model'; set it in the file or as model=VALUE"):
+        load(tmp_path / "empty.toml")
+    with pytest.raises(ConfigError, match=r"missing key 'model\.path'"):
+        load(tmp_path / "empty.toml", ["model.dtype=float32"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"ratio = ", "is not valid TOML"), (b"name = 'a'\nname = 'b'", "is not valid TOML"), (b'name = "\xff"', r"run\.toml")],
+)
+def test_a_file_that_is_not_toml(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "run.toml")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no\.toml' cannot be read \(No such file or directory\); give a TOML file"):
+        load(tmp_path / "no.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path)
+
+
+def test_a_configuration_cannot_be_changed(toml: Path) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load(toml).prune.ratio = 0.9  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_with_replaces_sections_and_checks_again(toml: Path) -> None:
+    config = load(toml)
+    assert config.with_(seed=4).seed == 4
+    assert config.with_(seed=4).prune == config.prune
+    with pytest.raises(ValidationError):
+        config.with_(seed=-4)
+
+
+def test_the_result_part_is_plain_and_leaves_out_where_it_ran(toml: Path) -> None:
+    config = load(toml)
+    part = config.result_part()
+    assert "run" not in part
+    assert parse({**part, "run": config.run.model_dump()}) == config
+    assert load(toml, ["run.workers=5"]).result_part() == part
+    assert load(toml, ["seed=5"]).result_part() != part
+
+
+def test_every_field_is_documented() -> None:
+    """A docstring below each field is its documentation."""
+    undocumented = []
+    sections = [("", RunConfig)]
+    while sections:
+        prefix, section = sections.pop()
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
+                sections.append((f"{prefix}{name}.", annotation))
+            elif not field.description and prefix:
+                undocumented.append(prefix + name)
+    assert undocumented == []
