@@ -6,6 +6,7 @@ solves, a few eigenpairs of a dense matrix, LOBPCG) is here, once per library.
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
@@ -76,9 +77,9 @@ def dense(matrix: Sparse) -> Array:
 
 def component_labels(matrix: Sparse) -> tuple[int, Array]:
     """Number of connected components of an undirected graph and the component of each node."""
-    module = _cupyx("sparse.csgraph") if _on_gpu(matrix) else scipy.sparse.csgraph
-    count, labels = module.connected_components(matrix, directed=False)
-    return int(count), labels
+    on_gpu = _on_gpu(matrix)  # cupyx would need pylibcugraph for this; the graph is small, the host does it
+    count, labels = scipy.sparse.csgraph.connected_components(matrix.get() if on_gpu else matrix, directed=False)
+    return int(count), to_device(labels, "cupy" if on_gpu else "numpy")
 
 
 def solve_lower(factor_NN: Array, right_NM: Array, transposed: bool = False) -> Array:
@@ -106,4 +107,8 @@ def lobpcg(
     size = start_NK.shape[0]
     operator_type: Any = module.LinearOperator  # its stub in SciPy describes the base class only
     apply = operator_type((size, size), matvec=preconditioner, matmat=preconditioner, dtype=start_NK.dtype)
-    return module.lobpcg(operator, start_NK, B=metric, M=apply, Y=constraint_N1, tol=1e-9, maxiter=200, largest=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about its own tolerance; the residual decides
+        return module.lobpcg(
+            operator, start_NK, B=metric, M=apply, Y=constraint_N1, tol=1e-8, maxiter=200, largest=False
+        )

@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from cria_dist.errors import DataError
+
 Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 
@@ -144,8 +146,14 @@ class PruningPlan:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of :meth:`to_json`."""
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            DataError: the plan is of another schema.
+        """
         record = json.loads(text)
+        if record.get("schema") != PLAN_SCHEMA:
+            raise DataError(f"plan of schema {record.get('schema')}, this version reads {PLAN_SCHEMA}; decide again")
         return cls(
             kept={key: tuple(indices) for key, indices in record["kept"].items()},
             widths=record["widths"],

@@ -180,9 +180,8 @@ def test_the_seed_chooses_what_random_removes(
 @pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("repair", ["none", "bias"])
 def test_other_repairs(repair: str, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path) -> None:
-    config = run_config(
-        tmp_path, prune={"repair": repair}, recover={"steps": 0}, evaluate={"latency_repeats": 0, "prompts": []}
-    )
+    changes = {"prune": {"repair": repair}, "recover": {"steps": 0}, "evaluate": {"latency_repeats": 0}}
+    config = run_config(tmp_path, **changes)
     context = make_context(config, SpyPool())
     report = prune(context)
     assert report is not None
@@ -192,6 +191,14 @@ def test_other_repairs(repair: str, run_config: RunConfigMaker, make_context: Ma
     assert report.variants[-1].repair == repair
     assert {one.prefill_ms for one in report.variants} == {None}
     assert not report.loss
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_without_prompts(run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path) -> None:
+    config = run_config(tmp_path, recover={"steps": 0}, evaluate={"prompts": []})
+    report = prune(make_context(config, SpyPool()))
+    assert report is not None
+    assert report.generations == ()
 
 
 @pytest.mark.parametrize("repair", ["none", "bias", "least_squares"])
@@ -470,7 +477,7 @@ def test_from_every_intermediate_state_the_run_ends_the_same(
     stage, lost = (WHOLE | HALF)[state]
     for name in [*later_than(stage), *lost]:
         path = copy.folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if path.parent.is_dir():  # what the dead process was writing
             (path.parent / f".{path.name}.tmp.1").write_bytes(b"half a file")
     until = "evaluate" if stage == "recover" else "recover"

@@ -45,7 +45,7 @@ def units_ratio_for_parameters(
         PlanError: the prunable units hold fewer parameters than must go.
     """
     prunable = sum(widths[key] * unit_cost[key] for key in widths)
-    share = ratio * dense_parameters / prunable
+    share = ratio * dense_parameters / prunable if prunable else 1.0
     if share >= 1:
         raise PlanError(
             f"prune.ratio={ratio:g} of all {dense_parameters:,} parameters is more than the prunable units hold "
@@ -59,4 +59,4 @@ def width_after_round(dense_width: int, final_width: int, rounds: int, round_ind
     if round_index == rounds - 1:
         return final_width
     step = (dense_width - final_width) * (round_index + 1) / rounds
-    return max(final_width, math.ceil((dense_width - step) / multiple) * multiple)
+    return min(dense_width, max(final_width, math.ceil((dense_width - step) / multiple) * multiple))

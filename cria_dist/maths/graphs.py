@@ -8,7 +8,8 @@ from cria_dist.arrays import Array, Sparse
 from cria_dist.errors import NumericError
 
 BLOCK_ROWS = 1024
-TIE_CANDIDATES = 8
+SPARE_CANDIDATES = 16
+RERANK_VALUES = 4_000_000
 
 
 def nearest_neighbours(signals_NM: Array, k: int) -> Array:
@@ -31,11 +32,13 @@ def nearest_neighbours(signals_NM: Array, k: int) -> Array:
     xp = arrays.namespace(signals_NM)
     size = signals_NM.shape[0]
     if size <= k:
-        raise NumericError(f"{size} neurons are too few for {k} neighbours; lower method.k below {size}")
+        raise NumericError(f"{size} neurons are too few for {k} neighbours; lower method.neighbours below {size}")
     if not bool(xp.all(xp.isfinite(signals_NM))):
         raise NumericError(f"{int(xp.sum(~xp.isfinite(signals_NM)))} signal values are NaN or infinite")
     centred_NM = signals_NM - xp.mean(signals_NM, axis=0)
-    blocks = [_nearest(squared_BN, k) for _, squared_BN in _blocks_of_squared_distances(centred_NM)]
+    blocks = [
+        _nearest(centred_NM, start, squared_BN, k) for start, squared_BN in _blocks_of_squared_distances(centred_NM)
+    ]
     return xp.concat(blocks, axis=0)
 
 
@@ -113,20 +116,40 @@ def _blocks_of_squared_distances(centred_NM: Array):  # noqa: ANN202 (generator 
     norms_N = xp.sum(centred_NM * centred_NM, axis=1)
     for start in range(0, size, BLOCK_ROWS):
         stop = min(start + BLOCK_ROWS, size)
-        products_BN = centred_NM[start:stop] @ centred_NM.T
-        squared_BN = norms_N[start:stop, None] + norms_N[None, :] - 2 * products_BN
-        squared_BN = xp.maximum(squared_BN, xp.zeros_like(squared_BN))
+        scale_BN = norms_N[start:stop, None] + norms_N[None, :]
+        squared_BN = scale_BN - 2 * (centred_NM[start:stop] @ centred_NM.T)
+        noise = 8 * xp.finfo(squared_BN.dtype).eps  # below it, only rounding would tell duplicates apart
+        squared_BN = xp.where(squared_BN <= noise * scale_BN, xp.zeros_like(squared_BN), squared_BN)
         rows = xp.arange(stop - start)
         squared_BN[rows, rows + start] = xp.inf
         yield start, squared_BN
 
 
-def _nearest(squared_BN: Array, k: int) -> Array:
+def _nearest(centred_NM: Array, start: int, squared_BN: Array, k: int) -> Array:
+    """The k nearest of a block: candidates by matrix product, their order by exact differences."""
     xp = arrays.namespace(squared_BN)
-    pool = min(k + TIE_CANDIDATES, squared_BN.shape[1])
-    candidates_BP = xp.sort(xp.argpartition(squared_BN, pool - 1, axis=1)[:, :pool], axis=1)
-    order_BP = xp.argsort(xp.take_along_axis(squared_BN, candidates_BP, axis=1), axis=1, stable=True)
+    pool = min(k + SPARE_CANDIDATES, squared_BN.shape[1] - 1)
+    candidates_BP = _candidates(squared_BN, pool)
+    exact_BP = xp.empty(candidates_BP.shape, dtype=xp.float64)
+    rows = max(1, RERANK_VALUES // (pool * centred_NM.shape[1]))
+    for first in range(0, candidates_BP.shape[0], rows):
+        chosen_RP = candidates_BP[first : first + rows]
+        own_R1M = centred_NM[start + first : start + first + chosen_RP.shape[0], None, :]
+        difference_RPM = centred_NM[chosen_RP] - own_R1M
+        exact_BP[first : first + rows] = xp.sum(difference_RPM * difference_RPM, axis=2, dtype=xp.float64)
+    order_BP = xp.argsort(exact_BP, axis=1, stable=True)
     return xp.take_along_axis(candidates_BP, order_BP, axis=1)[:, :k]
+
+
+def _candidates(squared_BN: Array, pool: int) -> Array:
+    """Indices of the ``pool`` smallest of each row, ascending; among equal values the lower indices."""
+    xp = arrays.namespace(squared_BN)
+    chosen_BP = xp.argpartition(squared_BN, pool - 1, axis=1)[:, :pool]
+    largest_B = xp.max(xp.take_along_axis(squared_BN, chosen_BP, axis=1), axis=1)
+    tied = xp.nonzero(xp.count_nonzero(squared_BN <= largest_B[:, None], axis=1) > pool)[0]
+    if tied.shape[0]:  # a partition picks any of equal values; sorting those rows costs ten times as much
+        chosen_BP[tied] = xp.argsort(squared_BN[tied], axis=1, stable=True)[:, :pool]
+    return xp.sort(chosen_BP, axis=1)
 
 
 def _closest_outside(centred_NM: Array, labels_N: Array, count: int) -> Array:

@@ -7,12 +7,17 @@ Source: SPADE (arXiv 2102.03716), whose operator ``L_Y^+ L_X`` Cria (arXiv 2605.
 Shapes: N neurons, K eigenpairs, E edges.
 """
 
+import numpy as np
+
 from cria_dist import arrays
 from cria_dist.arrays import Array, Sparse
 from cria_dist.errors import NumericError
 
 DENSE_LIMIT = 4096
+EDGE_BLOCK = 512  # two gathered blocks stay in the cache
+GUARD_VECTORS = 5
 RESIDUAL_TOLERANCE = 1e-6
+PIVOT_TOLERANCE = 1e-12
 
 
 def all_eigenvalues(input_laplacian: Sparse, output_laplacian: Sparse) -> Array:
@@ -45,7 +50,8 @@ def top_eigenpairs(input_laplacian: Sparse, output_laplacian: Sparse, count: int
     size = input_laplacian.shape[0]
     if not 1 <= count < size:
         raise NumericError(f"{count} eigenpairs asked of {size} neurons; at most {size - 1} exist")
-    solve = _top_dense if size <= DENSE_LIMIT else _top_iterative
+    few = 5 * (count + GUARD_VECTORS) < size - 1  # LOBPCG cannot do more
+    solve = _top_iterative if few and size > DENSE_LIMIT else _top_dense
     values_K, vectors_NK = solve(input_laplacian, output_laplacian, count)
     worst = residual(input_laplacian, output_laplacian, values_K, vectors_NK)
     if values_K.shape[0] != count or not worst <= RESIDUAL_TOLERANCE:
@@ -87,7 +93,9 @@ def full_distortion_of_edges(input_laplacian: Sparse, output_laplacian: Sparse, 
     product_NN = input_laplacian @ pseudo_NN
     left, right = edges_E2[:, 0], edges_E2[:, 1]
     diagonal_N = xp.sum(pseudo_NN * product_NN, axis=0)
-    cross_E = xp.sum(pseudo_NN[left] * product_NN.T[right], axis=1)
+    transposed_NN = xp.asarray(product_NN.T, copy=True)
+    blocks = [slice(start, start + EDGE_BLOCK) for start in range(0, left.shape[0], EDGE_BLOCK)]
+    cross_E = xp.concat([xp.sum(pseudo_NN[left[block]] * transposed_NN[right[block]], axis=1) for block in blocks])
     return diagonal_N[left] + diagonal_N[right] - 2 * cross_E
 
 
@@ -96,9 +104,14 @@ def _factor(output_laplacian: Sparse, xp: Array) -> Array:
     shifted_NN = arrays.dense(output_laplacian)
     shifted_NN += 1.0 / shifted_NN.shape[0]
     try:
-        return xp.linalg.cholesky(shifted_NN)
-    except ValueError as error:  # numpy.linalg.LinAlgError and cupy's are ValueErrors
+        factor_NN = xp.linalg.cholesky(shifted_NN)
+    except ValueError as error:  # numpy.linalg.LinAlgError is a ValueError; cupy gives NaN instead
         raise NumericError(f"the output graph is not connected or not finite ({error})") from error
+    pivots_N = xp.linalg.diagonal(factor_NN) ** 2
+    smallest = float(xp.min(pivots_N))
+    if not smallest > PIVOT_TOLERANCE * float(xp.max(pivots_N)):  # a second null vector, up to rounding
+        raise NumericError(f"the output graph is not connected or not finite (pivot {smallest:.0e})")
+    return factor_NN
 
 
 def _reduced(input_laplacian: Sparse, output_laplacian: Sparse) -> tuple[Array, Array]:
@@ -122,9 +135,8 @@ def _top_iterative(input_laplacian: Sparse, output_laplacian: Sparse, count: int
     degrees_N1 = output_laplacian.diagonal()[:, None]
     xp = arrays.namespace(degrees_N1)
     size = degrees_N1.shape[0]
-    block = count + 5
-    positions_N1 = xp.arange(1, size + 1, dtype=xp.float64)[:, None]
-    start_NB = xp.cos(positions_N1 * (1.0 + xp.arange(block, dtype=xp.float64)[None, :]) * 0.7548776662466927)
+    block = count + GUARD_VECTORS
+    start_NB = xp.asarray(np.random.default_rng(0).standard_normal((size, block)))
     ones_N1 = xp.ones((size, 1), dtype=xp.float64)
     shift = arrays.csr(
         xp.full(size, 1e-8, dtype=xp.float64), xp.arange(size), xp.arange(size), size
@@ -138,4 +150,5 @@ def _top_iterative(input_laplacian: Sparse, output_laplacian: Sparse, count: int
     energy_K = xp.sum(vectors_NK * (output_laplacian @ vectors_NK), axis=0)
     vectors_NK = vectors_NK / xp.sqrt(energy_K)
     values_K = xp.sum(vectors_NK * (input_laplacian @ vectors_NK), axis=0)
-    return values_K, vectors_NK
+    order_K = xp.argsort(-values_K)
+    return values_K[order_K], vectors_NK[:, order_K]

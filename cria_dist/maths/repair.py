@@ -3,8 +3,6 @@
 Shapes: D outputs of the next linear map, N units, S surviving, R removed.
 """
 
-from typing import Any
-
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
@@ -16,9 +14,9 @@ from cria_dist.records import Float64, Moments
 def least_squares(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64], ridge: float) -> Float64:
     """Re-solve the surviving columns of the output projection: ``min |A W^T - A_S V^T|^2`` over tokens.
 
-    ``V = W G[:, S] (G[S, S] + r I)^-1`` with the Gram matrix ``G = A^T A`` of the post-activation signals and
-    ``r = ridge * mean(diag G[S, S])``. The ridge pulls towards the unrepaired weights, so that directions the
-    calibration tokens never excite keep what they had.
+    ``V = W[:, S] + W[:, R] G[R, S] (G[S, S] + r I)^-1`` with the Gram matrix ``G = A^T A`` of the post-activation
+    signals and ``r = ridge * mean(diag G[S, S])``. The ridge pulls towards the unrepaired weights, so that directions
+    the calibration tokens never excite keep what they had.
 
     Args:
         weight_DN: output projection, one column per unit.
@@ -39,7 +37,13 @@ def least_squares(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64
     gram_RS = moments.gram_NN[np.ix_(removed_R, kept_S)]
     mean_diagonal = float(np.trace(gram_SS)) / kept_S.size
     gram_SS[np.diag_indices(kept_S.size)] += ridge * mean_diagonal if mean_diagonal > 0 else 1.0
-    correction_SD: Any = scipy.linalg.solve(gram_SS, (weight_DN[:, removed_R] @ gram_RS).T, assume_a="pos")
+    try:
+        factor = scipy.linalg.cho_factor(gram_SS, lower=True)
+    except scipy.linalg.LinAlgError as error:
+        raise NumericError(
+            f"the Gram matrix is singular at repair ridge {ridge:g}; raise it or record more tokens"
+        ) from error
+    correction_SD = scipy.linalg.cho_solve(factor, (weight_DN[:, removed_R] @ gram_RS).T)
     return weight_DN[:, kept_S] + correction_SD.T
 
 

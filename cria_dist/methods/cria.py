@@ -62,7 +62,8 @@ class Cria(MethodBase):
         if not isinstance(values, dict):
             return values
         given = cast(dict[str, Any], values)
-        return {**PRESETS.get(given.get("preset", "paper"), {}), **given}
+        preset = given.get("preset", "paper")
+        return {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **given}
 
     @property
     def title(self) -> str:
@@ -103,7 +104,11 @@ class Cria(MethodBase):
     def _alive(self, output_NM: Array) -> NDArray[np.bool_]:
         if not self.dead_first:
             return np.ones(output_NM.shape[0], dtype=bool)
-        deviation_N = arrays.to_numpy(arrays.namespace(output_NM).std(output_NM, axis=1))
+        xp = arrays.namespace(output_NM)
+        if not bool(xp.all(xp.isfinite(output_NM))):
+            return np.ones(output_NM.shape[0], dtype=bool)  # the graphs say what is wrong
+        centred_NM = output_NM - output_NM[:, :1]  # exact zeros for a constant, however large
+        deviation_N = arrays.to_numpy(xp.std(centred_NM, axis=1))
         return deviation_N > DEAD_SHARE * deviation_N.max()
 
     def _weighted(self, keep_N: Float64, reading_N: Float64) -> Float64:

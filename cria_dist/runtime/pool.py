@@ -72,6 +72,22 @@ class _Attempts(Generic[Item]):
         self.waiting.append((item, attempts, time.monotonic() + delay))
 
 
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """The item's worker died; whether the item was done is not known."""
+
+    reason: BaseException
+
+
+def _outcome(future: Any, item: object) -> Any:
+    try:
+        return ray.get(future)
+    except RayTaskError as error:
+        raise as_worker_error(item, error.cause or error) from error
+    except (RayActorError, OutOfMemoryError) as error:
+        return _Lost(error)
+
+
 class RayPool:
     """Workers as Ray actors; they live from the first ``map`` to ``release``."""
 
@@ -110,17 +126,14 @@ class RayPool:
             done, _ = ray.wait(list(running), timeout=1.0)
             for future in done:
                 actor, item, failed = running.pop(future)
-                try:
-                    result: Result = ray.get(future)
-                except RayTaskError as error:
-                    raise as_worker_error(item, error.cause or error) from error
-                except (RayActorError, OutOfMemoryError) as error:
+                result = _outcome(future, item)
+                if isinstance(result, _Lost):
                     idle.append(self._replacement(actor))
-                    attempts.again(item, failed + 1, error)
-                else:
-                    self._silent_since.pop(actor, None)
-                    idle.append(actor)
-                    yield item, result
+                    attempts.again(item, failed + 1, result.reason)
+                    continue
+                self._silent_since.pop(actor, None)
+                idle.append(actor)
+                yield item, result
 
     def release(self) -> None:
         """Kill the actors; their CPUs and GPUs are free for training."""
