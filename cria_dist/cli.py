@@ -1,6 +1,5 @@
 """The ``cria`` command: the stages of a run, one verb each; ``jobs/`` call the same functions."""
 
-import functools
 import json
 import logging
 import sys
@@ -87,14 +86,10 @@ def _run(path: str, overrides: Sequence[str], until: Verb) -> None:
     console.print(f"report: {job.folder / 'report.html'}", soft_wrap=True, highlight=False)
 
 
-def _verb(name: Verb, config: ConfigPath, overrides: Overrides = None) -> None:
-    raise typer.Exit(main([config, *(overrides or [])], name))
-
-
-def _add_verbs() -> None:
-    for name, text in VERBS.items():
-        verb = functools.partial(_verb, name)
-        app.command(name, help=text)(verb)
+def _add_verb(name: Verb, text: str) -> None:
+    @app.command(name, help=text)
+    def verb(config: ConfigPath, overrides: Overrides = None) -> None:  # pyright: ignore[reportUnusedFunction]  (typer's)
+        raise typer.Exit(main([config, *(overrides or [])], name))
 
 
 @app.command()
@@ -118,7 +113,7 @@ def status(folder: Folder) -> None:
     """How far a run is, from its folder alone (no cluster needed)."""
 
     def action() -> None:
-        from cria_dist.store.files import read_json
+        from cria_dist.files import read_json
 
         Console().print_json(json.dumps(read_json(folder / "progress.json")))
 
@@ -137,4 +132,5 @@ def report(folder: Folder) -> None:
     raise typer.Exit(guarded(action))
 
 
-_add_verbs()
+for _name, _text in VERBS.items():
+    _add_verb(_name, _text)

@@ -19,10 +19,10 @@ from cria_dist.report.progress import Progress
 
 # torch and transformers are imported where they are used: the environment below must be set before
 
-WORDS = (
-    "the cat sat on a mat and saw seven grey birds fly over one old house by the sea while rain fell in long thin lines "
-    "nobody had asked for bread or wine but every evening two men came back from work with both"
-).split()
+WORDS = """
+the cat sat on a mat and saw seven grey birds fly over one old house by the sea while rain fell in long thin lines
+nobody had asked for bread or wine but every evening two men came back from work with both
+"""
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
 
 
@@ -104,7 +104,7 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 18,000 characters in paragraphs; its halves share no 32 characters in a row."""
     rng = random.Random(11)
-    paragraphs = [" ".join(rng.choices(WORDS, k=24)) for _ in range(160)]
+    paragraphs = [" ".join(rng.choices(WORDS.split(), k=24)) for _ in range(160)]
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
     return path

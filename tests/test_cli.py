@@ -64,7 +64,18 @@ def test_the_module_is_the_command() -> None:
 def test_help_names_every_verb() -> None:
     result = call("--help")
     assert result.exit_code == 0
-    for verb in ("record", "analyse", "decide", "apply", "recover", "evaluate", "prune", "estimate", "status", "report"):
+    for verb in (
+        "record",
+        "analyse",
+        "decide",
+        "apply",
+        "recover",
+        "evaluate",
+        "prune",
+        "estimate",
+        "status",
+        "report",
+    ):
         assert verb in result.stdout
 
 
@@ -99,9 +110,7 @@ def test_a_model_of_another_kind_costs_estimate_one_line(toml: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-x"]])
-def test_a_job_without_configuration_explains_itself(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_without_configuration_explains_itself(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments, "prune") == 2
     assert capsys.readouterr().err == "error: usage: CONFIG.toml [dotted.key=value ...]\n"
 

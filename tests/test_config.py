@@ -88,7 +88,10 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("prune.ration=0.3", r"unknown key 'prune\.ration'; known keys here: budget, multiple, ratio, repair, ridge, rounds"),
+        (
+            "prune.ration=0.3",
+            r"unknown key 'prune\.ration'; known keys here: budget, multiple, ratio, repair, ridge, rounds",
+        ),
         ("sead=1", r"unknown key 'sead'; known keys here: compare, data, evaluate, method, .*, seed"),
         ("data.test.sauce=x", r"unknown key 'data\.test\.sauce'; known keys here: field, part, source, split, subset"),
         ("method.neighbors=3", r"unknown key 'method\.neighbors'; known keys here: .*neighbours"),
@@ -126,7 +129,11 @@ def test_the_model_must_be_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"ratio = ", "is not valid TOML"), (b"name = 'a'\nname = 'b'", "is not valid TOML"), (b'name = "\xff"', r"run\.toml")],
+    [
+        (b"ratio = ", "is not valid TOML"),
+        (b"name = 'a'\nname = 'b'", "is not valid TOML"),
+        (b'name = "\xff"', r"run\.toml"),
+    ],
 )
 def test_a_file_that_is_not_toml(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_bytes(content)

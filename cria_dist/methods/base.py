@@ -64,6 +64,11 @@ class MethodBase(BaseModel):
         """Which statistics :meth:`score` reads."""
         raise TypeError(f"{type(self).__name__} must define needs")
 
+    @property
+    def smallest_site(self) -> int:
+        """Fewest units a site may have for this method."""
+        return 1
+
     def score(self, statistics: SiteStatistics) -> Verdict:
         """Score the units of one site."""
         raise TypeError(f"{type(self).__name__} must define score")

@@ -75,6 +75,11 @@ class Cria(MethodBase):
         """Signals for the graphs; moments and weights only for the output weighting."""
         return frozenset({"signals"} if self.output_weighting == "none" else {"signals", "moments", "weights"})
 
+    @property
+    def smallest_site(self) -> int:
+        """A neuron cannot be its own neighbour, and one more must be left to tell near from far."""
+        return self.neighbours + 2
+
     def score(self, statistics: SiteStatistics) -> Verdict:
         """Score the neurons of one site.
 

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from cria_dist.errors import ConfigError, DataError
+from cria_dist.files import digest, write_json, write_with
 from cria_dist.models.builtin import resolve_builtin
 from cria_dist.models.family import ModelDict
-from cria_dist.store.files import digest, write_json, write_with
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -43,6 +43,11 @@ def locate(path: str, revision: str | None) -> Path:
         raise ConfigError(
             f"model.path={path!r} has no {WEIGHTS}; convert it with model.save_pretrained(..., safe_serialization=True)"
         )
+    missing = [file for file in weight_files(directory) if not (directory / file).is_file()]
+    if missing:
+        raise ConfigError(
+            f"model.path={path!r} lacks {missing[0]}, which its index names; take a whole copy of the model"
+        )
     return directory.resolve()
 
 
@@ -62,8 +67,17 @@ def _download(path: str, revision: str | None) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's config.json."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    """The checkpoint's config.json.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    try:
+        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{directory / 'config.json'} is damaged ({error}); take a whole copy of the model"
+        ) from error
 
 
 def weight_files(directory: Path) -> dict[str, list[str]]:

@@ -41,18 +41,21 @@ class Surgery:
         """For each tensor that changes: the kept indices and the dimension they select along.
 
         Raises:
-            PlanError: the plan names a site the model does not have, or an index beyond its width.
+            PlanError: the plan has other sites than the model, or indices that are not distinct units in order.
         """
-        widths = self.family.widths(self.config)
+        widths = {site.key: width for site, width in self.family.widths(self.config).items()}
+        if self.kept.keys() != widths.keys():
+            odd = min(self.kept.keys() ^ widths.keys())
+            raise PlanError(f"the plan does not fit the model: {odd} is in one of the two only; decide again")
         chosen: dict[str, tuple[torch.Tensor, int]] = {}
         for key, kept in self.kept.items():
-            site = Site.from_key(key)
-            if site not in widths or not kept or max(kept) >= widths[site]:
+            if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= widths[key]:
                 raise PlanError(
-                    f"the plan does not fit the model at {key}: {len(kept)} units, width {widths.get(site)}"
+                    f"the plan does not fit the model at {key}: {len(kept)} indices are not distinct units in order, "
+                    f"below the width {widths[key]}; decide again"
                 )
             index = torch.tensor(kept, dtype=torch.int64)
-            for name, dim in self.family.coupled_tensors(site, self.config).items():
+            for name, dim in self.family.coupled_tensors(Site.from_key(key), self.config).items():
                 chosen[name] = (index, dim)
         return chosen
 
@@ -96,8 +99,8 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
         target: folder to fill; complete when it holds ``config.json``, which is written last.
         surgery: what to remove and repair.
     """
+    selections, replacements, config = surgery.selections(), surgery.replacements(), surgery.pruned_config()
     target.mkdir(parents=True, exist_ok=True)
-    selections, replacements = surgery.selections(), surgery.replacements()
     files = checkpoint.weight_files(source)
     locations = {name: file for file, names in files.items() for name in names}
     for file, names in files.items():
@@ -105,7 +108,7 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
             tensors = _read_pruned(source / file, names, selections, replacements)
             tensors |= _additions(file, locations, surgery, replacements, next(iter(tensors.values())).dtype)
             checkpoint.write_weights(target / file, tensors)
-    checkpoint.finish(source, target, surgery.pruned_config())
+    checkpoint.finish(source, target, config)
 
 
 def _operate(

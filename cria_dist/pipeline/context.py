@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from cria_dist import files
 from cria_dist.pool import Pool
 from cria_dist.records import StageTime
 from cria_dist.report.progress import Bar, Progress
 from cria_dist.stages.prepare import Job
 from cria_dist.stages.recover import RecoverTask
-from cria_dist.store import files
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

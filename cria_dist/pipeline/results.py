@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cria_dist import files
 from cria_dist.methods import Method
 from cria_dist.models import checkpoint
 from cria_dist.pipeline import rounds
@@ -16,7 +17,6 @@ from cria_dist.report.versions import machine_and_versions
 from cria_dist.stages import demonstrate, evaluate, recover
 from cria_dist.stages.evaluate import Variant
 from cria_dist.stages.redraw import site_evidence
-from cria_dist.store import files
 from cria_dist.store.recording import Recording
 
 DigestedVariant = tuple[Variant, str]

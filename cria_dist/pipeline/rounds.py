@@ -5,6 +5,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cria_dist import files
 from cria_dist.maths.allocation import width_after_round
 from cria_dist.methods import Method
 from cria_dist.models import checkpoint, surgery
@@ -12,7 +13,7 @@ from cria_dist.pipeline.context import Context
 from cria_dist.records import PruningPlan
 from cria_dist.stages import analyse, decide, record, repair
 from cria_dist.stages.estimate import num_shards, signal_dtype
-from cria_dist.store import files, site_scores
+from cria_dist.store import site_scores
 from cria_dist.store.recording import Recording, adopt
 
 

@@ -1,24 +1,14 @@
 """What a run says of itself on storage: ``progress.json`` (now) and ``log.jsonl`` (what happened)."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from cria_dist import files
+
 STATUS_NAME = "progress.json"
 LOG_NAME = "log.jsonl"
-
-
-def write_whole(path: Path, content: str) -> Path:
-    """Replace a text file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 class Journal:
@@ -33,7 +23,7 @@ class Journal:
         """Replace ``progress.json``."""
         if self._folder is None:
             return
-        write_whole(self._folder / STATUS_NAME, json.dumps({**record, "updated": time.time()}) + "\n")
+        files.write_json(self._folder / STATUS_NAME, {**record, "updated": time.time()})
 
     def event(self, stage: str | None, message: str) -> None:
         """Append one line to ``log.jsonl``."""

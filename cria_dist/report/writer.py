@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cria_dist import files
 from cria_dist.errors import DataError
 from cria_dist.records import Evaluation, Generation, Report, SiteEvidence, StageTime
 from cria_dist.report import html, plots
-from cria_dist.report.journal import write_whole
 
 REPORT_SCHEMA = 1
 JSON_NAME = "report.json"
@@ -26,9 +26,11 @@ def write_report(report: Report, evidence: Sequence[SiteEvidence], folder: Path)
     """
     folder.mkdir(parents=True, exist_ok=True)
     record = {"schema": REPORT_SCHEMA, **_strict(asdict(report))}
-    write_whole(folder / JSON_NAME, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    content = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    files.write_bytes(folder / JSON_NAME, content.encode())
     drawn = plots.draw_all(report, evidence, folder / PLOTS_NAME)
-    return write_whole(folder / PAGE_NAME, html.render(report, evidence, drawn))
+    files.write_bytes(folder / PAGE_NAME, html.render(report, evidence, drawn).encode())
+    return folder / PAGE_NAME
 
 
 def report_from_json(path: Path) -> Report:

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from cria_dist.config import RunConfig
 from cria_dist.models import checkpoint
 from cria_dist.models.family import GatedMlpFamily, family_of
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def signal_dtype(config: RunConfig) -> str:
@@ -29,10 +29,10 @@ def bytes_of_run(
     units = sum(widths.values())
     signals = len(family.modules(next(iter(widths))).inputs) + 1
     squares = sum(width * width for width in widths.values())
-    model_bytes = parameters * ITEMSIZE[str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32")]
+    model_bytes = parameters * _itemsize(str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32"))
     rounds = config.prune.rounds
     return {
-        "signals": rounds * config.record.tokens * units * signals * ITEMSIZE[signal_dtype(config)],
+        "signals": rounds * config.record.tokens * units * signals * _itemsize(signal_dtype(config)),
         "moments": rounds * num_shards(config) * squares * 4,
         "checkpoints": model_bytes * (rounds + (1 if config.recover.steps else 0)),
         "recovery_state": 2 * 12 * parameters if config.recover.steps else 0,
@@ -61,10 +61,14 @@ def estimate(config: RunConfig) -> dict[str, object]:
         "units_per_site": widest,
         "calibration_tokens": tokens,
         "shards": num_shards(config),
-        "recorder_memory_bytes": parameters * ITEMSIZE[config.model.dtype] + moments_memory,
+        "recorder_memory_bytes": parameters * _itemsize(config.model.dtype) + moments_memory,
         "analyst_memory_bytes": 4 * config.record.tokens * widest * 6 + 8 * 4 * widest * widest,
         "forward_flop": 2 * parameters * tokens * config.prune.rounds,
         "moments_flop": 2 * sum(width * width for width in widths.values()) * tokens * config.prune.rounds,
         **{f"storage_bytes.{name}": size for name, size in storage.items()},
         "storage_bytes.total": sum(storage.values()),
     }
+
+
+def _itemsize(dtype: str) -> int:
+    return getattr(torch, dtype.removeprefix("torch.")).itemsize

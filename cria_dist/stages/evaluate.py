@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from cria_dist import files
 from cria_dist.errors import NumericError
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery, pruned_copy
 from cria_dist.records import Evaluation, PruningPlan
-from cria_dist.store import files
 
 
 @dataclass(frozen=True, slots=True)

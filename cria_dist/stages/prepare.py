@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cria_dist import files
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, PlanError
 from cria_dist.maths.allocation import uniform_widths, units_ratio_for_parameters
@@ -16,7 +17,6 @@ from cria_dist.models.family import GatedMlpFamily, family_of
 from cria_dist.records import Site
 from cria_dist.stages.corpus import load_tokens
 from cria_dist.stages.estimate import bytes_of_run
-from cria_dist.store import files
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def prepare(config: RunConfig) -> Job:
     dense_parameters = checkpoint.count_parameters(model_config)
     kept = final_widths(config, family, model_config, dense_parameters)
     family.narrowed(model_config, kept, config.prune.repair == "bias")
+    _check_methods(config, family.widths(model_config), kept)
     _check_sampling(config)
     _check_disk(config, model_config, family, folder, dense_parameters)
     tokenizer = checkpoint.load_tokenizer(model_dir)
@@ -126,6 +127,18 @@ def final_widths(
     return kept
 
 
+def _check_methods(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[str, int]) -> None:
+    """Every site must be large enough for every method, in the last round too."""
+    scored = kept if config.prune.rounds > 1 else {site.key: width for site, width in widths.items()}
+    for method in (config.method, *config.compare):
+        for key, width in scored.items():
+            if width < method.smallest_site:
+                raise ConfigError(
+                    f"{method.title} needs at least {method.smallest_site} units and {key} has {width}; "
+                    "lower method.neighbours"
+                )
+
+
 def _check_sampling(config: RunConfig) -> None:
     data, record = config.data, config.record
     available = data.calibration_sequences * (data.sequence_length - 1)
@@ -153,8 +166,9 @@ def _claim(folder: Path, config: RunConfig, digests: Mapping[str, str]) -> None:
     path = folder / "config.json"
     record = {"config": config.result_part(), "digests": dict(digests)}
     if not path.is_file():
-        if folder.is_dir() and any(folder.glob("round-*")):
-            raise ConfigError(f"{folder} holds a run without config.json; choose another run.folder")
+        foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
+        if foreign:
+            raise ConfigError(f"{folder} holds {foreign[0]!r} but no config.json of a run; choose another run.folder")
         files.write_json(path, record)
         return
     there = files.read_json(path)

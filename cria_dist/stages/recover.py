@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from cria_dist import files
 from cria_dist.config import RecoverConfig
 from cria_dist.errors import NumericError
 from cria_dist.models import checkpoint
@@ -80,9 +81,11 @@ def train(task: RecoverTask, place: Place, wrap: Wrap, resume: Path | None, save
     model = checkpoint.load_model(task.model_dir, checkpoint.Numerics("float32", task.matmul)).train()
     for parameter in frozen_parameters(model, config):
         parameter.requires_grad_(False)
+    parallel = wrap(model)
     state = TrainState(model, config)
     start = state.load(resume) if resume is not None else 0
-    parallel = wrap(model)
+    if place.rank == 0:
+        _cut_log(task.log_path, start)
     blocks_SD = training_sequences(np.load(task.tokens_path, allow_pickle=False), config.sequence_length)
     order = sequence_order(len(blocks_SD), config, task.seed)
     started = time.monotonic()
@@ -161,8 +164,8 @@ class TrainState:
                 parameter.copy_(tensors[f"parameter.{name}"])
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(step)),
-                    "exp_avg": tensors[f"first.{name}"],
-                    "exp_avg_sq": tensors[f"second.{name}"],
+                    "exp_avg": tensors[f"first.{name}"].to(parameter),
+                    "exp_avg_sq": tensors[f"second.{name}"].to(parameter),
                 }
         return step
 
@@ -210,11 +213,10 @@ def write_recovered(model: PreTrainedModel, task: RecoverTask) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The steps logged so far; after a resumption the later line of a step counts."""
+    """The steps logged so far, without a line that is still being written."""
     if not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 @contextmanager
@@ -243,7 +245,12 @@ def following(log_path: Path, advance: Callable[[int, int], None], tokens_per_st
         follower.join()
 
 
+def _cut_log(path: Path, steps: int) -> None:
+    """Keep the lines up to the step training continues from."""
+    kept = [line for line in read_log(path) if line["step"] <= steps]
+    files.write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+
 def _log(path: Path, **record: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(record) + "\n")

@@ -11,11 +11,11 @@ from safetensors.torch import save
 
 from cria_dist.config import Repair
 from cria_dist.errors import NumericError
+from cria_dist.files import write_bytes
 from cria_dist.maths.repair import least_squares, mean_bias
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.records import Site
-from cria_dist.store.files import write_bytes
 from cria_dist.store.recording import Recording
 
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cria_dist.errors import DataError
+from cria_dist.files import write_bytes
 from cria_dist.records import ActivationShard
-from cria_dist.store.files import write_bytes
 
 SCHEMA_VERSION = "1"
 WORDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}

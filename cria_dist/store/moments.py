@@ -8,8 +8,8 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from cria_dist.errors import DataError
+from cria_dist.files import write_bytes
 from cria_dist.records import Moments
-from cria_dist.store.files import write_bytes
 
 
 def write_moments(path: Path, count: int, total_N: np.ndarray, gram_NN: np.ndarray) -> dict[str, object]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from cria_dist import files
 from cria_dist.errors import DataError
 from cria_dist.records import ActivationShard, Moments, Site
-from cria_dist.store import activations, files, moments
+from cria_dist.store import activations, moments
 
 SCHEMA_VERSION = 1
 
@@ -82,10 +83,11 @@ class Recording:
         Raises:
             DataError: missing, damaged, or of another schema version.
         """
-        manifest: dict[str, Any] = files.read_json(self.manifest_path)
-        if manifest.get("schema") != SCHEMA_VERSION:
+        manifest: Any = files.read_json(self.manifest_path)
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        if schema != SCHEMA_VERSION:
             raise DataError(
-                f"{self.manifest_path} has schema {manifest.get('schema')}, this version reads {SCHEMA_VERSION}; "
+                f"{self.manifest_path} has schema {schema}, this version reads {SCHEMA_VERSION}; "
                 "record into another folder"
             )
         return manifest
@@ -131,13 +133,21 @@ def adopt(recording: Recording, root: Path) -> Path | None:
     """
     for manifest in sorted(root.glob("*/round-*/manifest.json")):
         other = Recording(manifest.parent, recording.digest)
-        if manifest.parent == recording.folder or not other.is_complete():
+        if manifest.parent == recording.folder or not _is_whole(other):
             continue
         for part in ("activations", "moments"):
             shutil.copytree(other.folder / part, recording.folder / part, copy_function=_link, dirs_exist_ok=True)
         _link(str(manifest), str(recording.manifest_path))
         return other.folder
     return None
+
+
+def _is_whole(recording: Recording) -> bool:
+    """A neighbour's damage is not ours to complain of."""
+    try:
+        return recording.is_complete()
+    except DataError:
+        return False
 
 
 def _link(source: str, target: str) -> None:

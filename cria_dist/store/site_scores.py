@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from cria_dist.errors import DataError
+from cria_dist.files import write_bytes
 from cria_dist.records import Scores, Site, Spectrum
-from cria_dist.store.files import write_bytes
+
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+"""What NumPy raises at a file that is missing, cut, of another kind, or pickled."""
 
 
 def write_scores(folder: Path, scores: Scores, digest: str) -> None:
@@ -42,7 +45,7 @@ def has_scores(folder: Path, site: Site, digest: str) -> bool:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return str(arrays["digest"]) == digest
-    except (ValueError, zipfile.BadZipFile):
+    except DAMAGE:
         return False
 
 
@@ -64,7 +67,7 @@ def read_scores(folder: Path, site: Site) -> Scores:
                 spectrum=spectrum,
                 facts=dict(zip(arrays["fact_names"].tolist(), arrays["fact_values"].tolist(), strict=True)),
             )
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise DataError(f"{path} cannot be read ({error}); delete it and run the same command again") from error
 
 

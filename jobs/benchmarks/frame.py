@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cria_dist.files import write_json
 from cria_dist.report.versions import machine_and_versions
-from cria_dist.store.files import write_json
 
 RESULTS = Path("runs/bench")
 

@@ -1,6 +1,7 @@
 """Finding, describing and loading checkpoints."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -37,12 +38,14 @@ def test_locate_finds_a_sharded_checkpoint(make_model: MakeModel, tmp_path: Path
 
 @pytest.mark.parametrize("path", ["no-such-model", "./no/such", "/no/such/model", "~/no-such-model", "a/b/c"])
 def test_locate_names_a_missing_directory(path: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.path='.*no-such|model\.path='.*(no/such|a/b/c)"):
+    with pytest.raises(ConfigError, match=f"model.path='{re.escape(path)}' is .*(give an existing|check the name)"):
         checkpoint.locate(path, None)
 
 
 def test_locate_of_a_hub_name_without_network_is_one_error() -> None:
-    with pytest.raises(ConfigError, match=r"model\.path='nobody/no-model' is neither a directory nor reachable") as info:
+    with pytest.raises(
+        ConfigError, match=r"model\.path='nobody/no-model' is neither a directory nor reachable"
+    ) as info:
         checkpoint.locate("nobody/no-model", None)
     assert "\n" not in str(info.value)
 

@@ -175,9 +175,7 @@ def test_shards_stay_shards(output_bias: bool, make_model: MakeModel, tmp_path: 
 def test_the_checkpoint_keeps_its_dtype(dtype: str, make_model: MakeModel, tmp_path: Path) -> None:
     dense = make_model(tmp_path / "dense", dtype=dtype)
     make_repair(tmp_path / "repair", "bias")
-    surgery.write_pruned(
-        dense, tmp_path / "pruned", operation(dense, repair=tmp_path / "repair", output_bias=True)
-    )
+    surgery.write_pruned(dense, tmp_path / "pruned", operation(dense, repair=tmp_path / "repair", output_bias=True))
     tensors = load_file(tmp_path / "pruned" / checkpoint.WEIGHTS)
     assert {tensor.dtype for tensor in tensors.values()} == {getattr(torch, dtype)}
     assert "model.layers.0.mlp.gate_proj.bias" in tensors

@@ -32,7 +32,7 @@ def tokens_path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plan_path(pico: Path, tmp_path: Path) -> Path:
-    widths = {key: 48 for key in KEPT}
+    widths = dict.fromkeys(KEPT, 48)
     plan = make_plan(KEPT, widths, 96, checkpoint.count_parameters(checkpoint.read_config(pico)), "m", "d")
     (tmp_path / "plan.json").write_text(plan.to_json())
     return tmp_path / "plan.json"
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_does_not_load_is_an_error(
     pico: Path, tokens_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "STRANGER", "import sys\nraise OSError(f'no weights in {sys.argv[1]}')")
-    with pytest.raises(DataError, match="pico does not load in transformers: OSError: no weights in .*pico"):
+    with pytest.raises(DataError, match=r"pico does not load in transformers: OSError: no weights in .*pico"):
         verify.loads_in_transformers(pico, checkpoint.load_model(pico, Numerics()), tokens_path, "float32")
 
 
@@ -139,7 +139,7 @@ def test_the_stranger_cannot_import_this_package(
 ) -> None:
     first_lines, _, _ = verify.STRANGER.partition("import numpy")
     monkeypatch.setattr(verify, "STRANGER", f"{first_lines}\nimport cria_dist.models.family")
-    with pytest.raises(DataError, match="does not load in transformers: ModuleNotFoundError.*cria_dist"):
+    with pytest.raises(DataError, match=r"does not load in transformers: ModuleNotFoundError.*cria_dist"):
         verify.loads_in_transformers(pico, checkpoint.load_model(pico, Numerics()), tokens_path, "float32")
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cria_dist import files
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, CriaError, DataError, PlanError
 from cria_dist.models import checkpoint
 from cria_dist.stages.estimate import bytes_of_run, estimate
 from cria_dist.stages.prepare import final_widths, prepare, run_folder
-from cria_dist.store import files
 
 RunConfigMaker = Callable[..., RunConfig]
 
@@ -97,7 +97,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CriaError], str]] = {
     "name with NUL": ({"name": "a\0b"}, ConfigError, r"name=.*a name starts with a letter"),
     "empty name": ({"name": ""}, ConfigError, r'name="": a name starts with a letter'),
     "unknown text": (
-        {"data": {"calibration": {"source": "builtin:nothing"}}}, ConfigError, r"'builtin:nothing' is not a built-in text"
+        {"data": {"calibration": {"source": "builtin:nothing"}}},
+        ConfigError,
+        r"source='builtin:nothing' is not a built-in text; there is builtin:pydoc",
     ),
 }  # fmt: skip
 
@@ -201,7 +203,7 @@ def test_the_folder_of_another_model(run_config: RunConfigMaker, pico: Path, tmp
 
 def test_a_folder_with_rounds_and_no_configuration(run_config: RunConfigMaker, tmp_path: Path) -> None:
     (tmp_path / "here" / "round-00").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"holds a run without config\.json; choose another run\.folder"):
+    with pytest.raises(ConfigError, match=r"holds .* but no config\.json of a run; choose another run\.folder"):
         prepare(run_config(tmp_path, run={"folder": str(tmp_path / "here")}))
 
 
@@ -239,5 +241,7 @@ def test_estimate_adds_up(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert found["shards"] == 3
     assert found["storage_bytes.signals"] == 200 * 96 * 3 * 4
     assert found["storage_bytes.moments"] == 3 * 2 * 48 * 48 * 4
-    parts = [size for name, size in found.items() if name.startswith("storage_bytes.") and name != "storage_bytes.total"]
+    parts = [
+        size for name, size in found.items() if name.startswith("storage_bytes.") and name != "storage_bytes.total"
+    ]
     assert found["storage_bytes.total"] == sum(parts)

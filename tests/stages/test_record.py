@@ -144,9 +144,7 @@ def test_a_shard_reports_what_it_did(task: RecordTask) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_signals_are_rounded_once(dtype: str, task: RecordTask) -> None:
     recording = recorded(replace(task, signal_dtype=dtype))
-    rows = [
-        s * LENGTH + p for s in range(SEQUENCES) for p in sampled_positions(5, s, SEQUENCES, 57, LENGTH)
-    ]
+    rows = [s * LENGTH + p for s in range(SEQUENCES) for p in sampled_positions(5, s, SEQUENCES, 57, LENGTH)]
     expected = observed(task, getattr(torch, dtype))["gate"][rows].T
     found = recording.signals(SITES[1])["gate"]
     step = 2.0**-7 if dtype == "bfloat16" else 2.0**-10

@@ -1,5 +1,7 @@
 """Recovery: it learns, it resumes to the bit, it does not depend on the number of workers."""
 
+import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -111,6 +113,24 @@ def test_a_resumed_training_ends_in_the_same_weights(recipe: str, task: RecoverT
     assert {path.name for path in saved[3].iterdir()} == {"state.safetensors"}
 
 
+def test_a_resumed_training_follows_the_model_to_where_the_wrap_moved_it(
+    task: RecoverTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As to a GPU: the moments that are read back must be where the parameters are; float64 stands for the device.
+
+    ``foreach`` is what AdamW does on a GPU; it checks device and data type of what it is given.
+    """
+
+    def save(step: int, write: Callable[[Path], None]) -> None:
+        (tmp_path / f"state-{step}").mkdir()
+        write(tmp_path / f"state-{step}")
+
+    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, foreach=True))
+    whole = train(task, save=save)
+    again = train(replace(task, target=tmp_path / "again"), tmp_path / "state-6", wrap=lambda model: model.double())
+    assert all(torch.allclose(again[name], whole[name], atol=1e-4) for name in whole)
+
+
 def test_another_seed_trains_in_another_order(task: RecoverTask, tmp_path: Path) -> None:
     other = replace(task, seed=1, target=tmp_path / "other")
     assert same(train(task), train(task))
@@ -167,7 +187,9 @@ def test_the_logged_loss_is_that_of_the_whole_part(task: RecoverTask, pico: Path
 
 def test_gradients_are_clipped(task: RecoverTask, pico: Path) -> None:
     model = checkpoint.load_model(pico, checkpoint.Numerics())
-    recover.optimise(model, TrainState(model, CONFIG), recover.training_sequences(np.load(task.tokens_path), 16)[:2], 0.0)
+    recover.optimise(
+        model, TrainState(model, CONFIG), recover.training_sequences(np.load(task.tokens_path), 16)[:2], 0.0
+    )
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert float(norm) <= recover.CLIP_NORM * 1.001
 
@@ -200,7 +222,7 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth() -> None:
     rates = [learning_rate(step, config) for step in range(100)]
     assert rates[:10] == pytest.approx([1e-4 * (step + 1) for step in range(10)])
     assert rates[10] == pytest.approx(1e-3)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx(1e-3 * 0.55)
     assert 1e-4 < rates[-1] < 1.1e-4
 
@@ -238,7 +260,9 @@ def test_a_torn_last_line_is_left_out(cut: int, tmp_path: Path) -> None:
 
 def test_of_a_step_logged_twice_the_later_counts(tmp_path: Path) -> None:
     path = tmp_path / "loss.jsonl"
-    path.write_text("".join(f"{line(step, loss)}\n" for step, loss in [(1, 3.0), (2, 2.0), (3, 9.0), (2, 2.5), (3, 1.5)]))
+    path.write_text(
+        "".join(f"{line(step, loss)}\n" for step, loss in [(1, 3.0), (2, 2.0), (3, 9.0), (2, 2.5), (3, 1.5)])
+    )
     assert [(one["step"], one["loss"]) for one in read_log(path)] == [(1, 3.0), (2, 2.5), (3, 1.5)]
 
 

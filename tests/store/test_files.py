@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from cria_dist import files
 from cria_dist.errors import ConfigError, DataError
-from cria_dist.store import files
 
 
 def test_write_bytes_makes_folders_and_replaces(tmp_path: Path) -> None:
@@ -89,7 +89,23 @@ def test_plain_names_are_safe(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "..", "../x", "a/../b", "a..b", "/etc/passwd", "a/b", "a\\b", "a\0b", ".hidden", "-rf", "a b", "ü", "a\n", "a" * 129],
+    [
+        "",
+        "..",
+        "../x",
+        "a/../b",
+        "a..b",
+        "/etc/passwd",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        ".hidden",
+        "-rf",
+        "a b",
+        "ü",
+        "a\n",
+        "a" * 129,
+    ],
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="cannot become a file name"):

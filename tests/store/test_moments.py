@@ -50,7 +50,9 @@ def test_the_sum_is_made_in_the_order_given_in_double_precision(tmp_path: Path) 
 
 
 def test_writing_is_deterministic(tmp_path: Path, signal_TN: np.ndarray) -> None:
-    assert [sha for _, sha in shards(tmp_path / "a", [signal_TN])] == [sha for _, sha in shards(tmp_path / "b", [signal_TN])]
+    assert [sha for _, sha in shards(tmp_path / "a", [signal_TN])] == [
+        sha for _, sha in shards(tmp_path / "b", [signal_TN])
+    ]
 
 
 def test_facts_describe_the_file(tmp_path: Path) -> None:
