@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cria_dist.errors import ConfigError
-from cria_dist.methods import Cria, Method
+from cria_dist.methods import METHODS, Cria, Method
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -100,7 +100,7 @@ class PruneConfig(Section):
     """Record, analyse, decide, apply are repeated this often, each round with fresh scores on the smaller model."""
     repair: Repair = "least_squares"
     """What the surviving output weights do for the removed units."""
-    ridge: Annotated[float, Field(gt=0)] = 1e-4
+    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix)."""
 
 
@@ -115,7 +115,7 @@ class RecoverConfig(Section):
     """Sequences per optimiser step, over all workers; must be a multiple of ``workers``."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
     """Tokens per training sequence."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """Peak learning rate; linear warm-up over a tenth of the steps, then cosine to a tenth of the peak."""
     train: Literal["all", "blocks"] = "blocks"
     """``blocks`` leaves embeddings and head frozen (a third of the memory of a small model)."""
@@ -209,7 +209,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"configuration {str(path)!r} cannot be read ({error.strerror}); give a TOML file") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not TOML, or not UTF-8
         raise ConfigError(f"configuration {str(path)!r} is not valid TOML: {error}") from error
     for override in overrides:
         _override(tree, override)
@@ -221,7 +221,7 @@ def parse(tree: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_complaint(tree, dict(detail)) for detail in error.errors())) from None
+        raise ConfigError("; ".join(_complaint(dict(detail)) for detail in error.errors())) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -245,25 +245,28 @@ def _value(text: str) -> Any:
         return text
 
 
-def _complaint(tree: dict[str, Any], detail: dict[str, Any]) -> str:
+def _complaint(detail: dict[str, Any]) -> str:
     location = [str(part) for part in detail["loc"] if part not in METHOD_TAGS]
     key = ".".join(location) or "configuration"
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; known keys here: {', '.join(_known_keys(tree, location[:-1]))}"
+        return f"unknown key {key!r}; known keys here: {', '.join(_known_keys(location[:-1]))}"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "missing":
         return f"missing key {key!r}; set it in the file or as {key}=VALUE"
     return f"{key}={json.dumps(detail['input'], default=str)}: {message}"
 
 
-METHOD_TAGS = frozenset({"cria", "random", "magnitude"})
+METHOD_TAGS = frozenset(str(method.model_fields["name"].default) for method in METHODS)
+"""pydantic puts the tag of the union into the location of an error; users never wrote it."""
 
 
-def _known_keys(tree: dict[str, Any], parents: list[str]) -> list[str]:
-    section: Any = RunConfig
+def _known_keys(parents: list[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
     for parent in parents:
-        annotation = section.model_fields[parent].annotation if parent in section.model_fields else None
+        if parent in ("method", "compare"):
+            return sorted({field for method in METHODS for field in method.model_fields})
+        annotation = section.model_fields[parent].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ["see the documentation of this method"]
+            return []
         section = annotation
     return sorted(section.model_fields)

@@ -10,5 +10,6 @@ from cria_dist.methods.magnitude import Magnitude
 from cria_dist.methods.random import Random
 
 Method = Annotated[Cria | Random | Magnitude, Field(discriminator="name")]
+METHODS: tuple[type[MethodBase], ...] = (Cria, Random, Magnitude)
 
-__all__ = ["Cria", "Magnitude", "Method", "MethodBase", "Random", "SiteStatistics", "Verdict"]
+__all__ = ["METHODS", "Cria", "Magnitude", "Method", "MethodBase", "Random", "SiteStatistics", "Verdict"]

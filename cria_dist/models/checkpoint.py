@@ -20,6 +20,8 @@ from cria_dist.models.builtin import resolve_builtin
 from cria_dist.models.family import ModelDict
 
 WEIGHTS = "model.safetensors"
+PLAN = "plan.json"
+"""How a checkpoint of ours came about; a checkpoint made of it gets its own."""
 INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 1 << 20
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
@@ -207,14 +209,18 @@ def finish(source: Path, target: Path, config: Mapping[str, Any]) -> None:
         _write_index(target, list(weight_files(source)))
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
-            if path.name not in {"config.json", INDEX}:
+            if path.name not in {"config.json", INDEX, PLAN}:
                 shutil.copyfile(path, target / path.name)
     write_json(target / "config.json", dict(config))
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
-    return (directory / "config.json").is_file()
+    """Whether a checkpoint was written to its end, and its weight files are still there."""
+    if not (directory / "config.json").is_file():
+        return False
+    if not (directory / INDEX).is_file():
+        return (directory / WEIGHTS).is_file()
+    return all((directory / file).is_file() for file in weight_files(directory))
 
 
 def write_like(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -61,6 +61,10 @@ class GatedMlpFamily:
         """Parameters that leave the model with one unit: two rows, one column, two biases if there are any."""
         return 3 * int(config["hidden_size"]) + (2 if self.has_bias(config) else 0)
 
+    def output_bias_cost(self, config: ModelDict, kept: int) -> int:
+        """Parameters a site gains when the repair gives its output map a bias: the input maps get one of zeros too."""
+        return 0 if self.has_bias(config) else int(config["hidden_size"]) + 2 * kept
+
     def narrowed(self, config: ModelDict, kept: Mapping[str, int], output_bias: bool) -> dict[str, Any]:
         """The config of the pruned model.
 

@@ -1,6 +1,5 @@
 """The whole story: record, analyse, decide, apply, recover, evaluate, report."""
 
-import functools
 from dataclasses import dataclass
 
 from cria_dist.pipeline import results, rounds
@@ -9,7 +8,6 @@ from cria_dist.pipeline.results import Measured
 from cria_dist.pipeline.rounds import Model
 from cria_dist.records import Report, Stage
 from cria_dist.report.writer import write_report
-from cria_dist.stages import verify
 from cria_dist.store.recording import Recording
 
 __all__ = ["Context", "Train", "prune"]
@@ -79,13 +77,10 @@ def measure(
     main = results.main_variants(context, rounds.dense_model(context), pruned, recovered)
     evaluations = results.evaluate_variants(context, main + compared)
     timed, texts = results.demonstrate_variants(context, main, evaluations[: len(main)])
-    final = recovered or pruned
-    check = functools.partial(verify.Verifier, context.job.test_path, context.job.config.model.dtype)
-    loaders = context.map(("verify", "checkpoints"), check, [final.directory], workers=1)
     return Measured(
         variants=timed,
         comparison=evaluations[len(main) :],
         generations=texts,
         loss_path=results.loss_path(context, pruned) if recovered else None,
-        loaders={"transformers": loaders[final.directory]},
+        loaders=results.verify_exports(context, pruned, recovered),
     )

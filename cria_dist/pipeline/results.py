@@ -14,7 +14,7 @@ from cria_dist.pipeline.context import Context
 from cria_dist.pipeline.rounds import Model
 from cria_dist.records import Evaluation, Generation, PruningPlan, Report, SiteEvidence
 from cria_dist.report.versions import machine_and_versions
-from cria_dist.stages import demonstrate, evaluate, recover
+from cria_dist.stages import demonstrate, evaluate, recover, verify
 from cria_dist.stages.evaluate import Variant
 from cria_dist.stages.redraw import site_evidence
 from cria_dist.store.recording import Recording
@@ -72,6 +72,8 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
         recover.following(log_path, bar.advance, tokens_per_step),
     ):
         context.train(task, f"recover-{digest[:12]}", job.folder / "recover")
+    if pruned.plan is not None:
+        files.write_bytes(target / checkpoint.PLAN, pruned.plan.to_json().encode())
     files.write_json(mark, {"digest": digest})
     return Model(target, digest, pruned.plan)
 
@@ -164,6 +166,32 @@ def demonstrate_variants(
     timed = [replace(evaluation, **summary["times"].get(evaluation.label, {})) for evaluation in evaluations]
     texts = {evaluation.label: summary["texts"][evaluation.label] for evaluation in evaluations}
     return timed, demonstrate.generations(texts, settings.prompts)
+
+
+def verify_exports(context: Context, pruned: Model, recovered: Model | None) -> dict[str, str]:
+    """Load the checkpoints in a process without this package and compare logits; a finding is kept."""
+    job = context.job
+    exports: list[verify.Export] = []
+    for model in (pruned, recovered):
+        if model is not None:
+            key = files.digest("verify", model.digest, job.digests["test_tokens"], job.numerics.dtype)
+            record = job.folder / "evaluations" / f"verified-{key[:16]}.json"
+            exports.append(verify.Export(model.directory, _reference(context, model), record))
+    missing = [export for export in exports if not export.record.is_file()]
+    make = functools.partial(verify.Verifier, job.test_path, job.numerics.dtype)
+    context.map(("verify", "checkpoints"), make, missing, workers=1)
+    findings = {export.directory.name: files.read_json(export.record)["finding"] for export in exports}
+    return {f"transformers, {name}": finding for name, finding in findings.items()}
+
+
+def _reference(context: Context, model: Model) -> Variant:
+    """One round of pruning can be redone in memory; what rounds or training made can only be loaded."""
+    job = context.job
+    if model.directory.name != "pruned" or job.config.prune.rounds > 1:
+        return Variant("reference", model.directory)
+    folder, kind = rounds.round_folder(context, 0), job.config.prune.repair
+    repaired = None if kind == "none" else folder / "repair"
+    return Variant("reference", job.model_dir, "", kind, folder / "plan.json", repaired)
 
 
 def protocol(context: Context) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cria_dist import files
+from cria_dist.errors import DataError
 from cria_dist.maths.allocation import width_after_round
 from cria_dist.methods import Method
 from cria_dist.models import checkpoint, surgery
 from cria_dist.pipeline.context import Context
 from cria_dist.records import PruningPlan
 from cria_dist.stages import analyse, decide, record, repair
+from cria_dist.stages.decide import Accounts
 from cria_dist.stages.estimate import num_shards, signal_dtype
 from cria_dist.store import site_scores
 from cria_dist.store.recording import Recording, adopt
@@ -103,26 +105,32 @@ def decide_round(
     """Choose what stays, within this round's part of the budget; writes ``plan.json``."""
     job, prune = context.job, context.job.config.prune
     path = folder / "plan.json"
-    settings = prune.model_dump(include={"ratio", "budget", "multiple", "rounds"})
+    settings = prune.model_dump(include={"ratio", "budget", "multiple", "rounds", "repair"})
     digest = files.digest("decide", analysis, settings, index)
-    if path.is_file():
-        plan = PruningPlan.from_json(path.read_text(encoding="utf-8"))
-        if plan.digest == digest:
-            return plan
-    survivors = {}
+    plan = _plan_there(path)
+    if plan is not None and plan.digest == digest:
+        return plan
+    survivors: dict[str, tuple[int, ...]] = {}
     for site, dense_width in sorted(job.widths.items()):
         width = width_after_round(dense_width, job.final_widths[site.key], prune.rounds, index, prune.multiple)
         survivors[site.key] = decide.select(site_scores.read_scores(folder, site), width)
     plan = decide.make_plan(
         decide.compose(survivors, model.plan),
         {site.key: width for site, width in job.widths.items()},
-        job.family.unit_cost(job.model_config),
-        job.dense_parameters,
+        Accounts(job.dense_parameters, job.family.unit_cost(job.model_config), job.added_parameters(survivors)),
         method.title,
         digest,
     )
     files.write_bytes(path, plan.to_json().encode())
     return plan
+
+
+def _plan_there(path: Path) -> PruningPlan | None:
+    """The plan on storage; None when there is none or it is damaged, for deciding again costs nothing."""
+    try:
+        return PruningPlan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return None
 
 
 def repair_sites(

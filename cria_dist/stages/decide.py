@@ -1,6 +1,7 @@
 """Decide: all scores and the budget become a plan in the numbering of the dense model."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -36,30 +37,39 @@ def local_indices(plan: PruningPlan, previous: PruningPlan | None) -> dict[str, 
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """What the reduction is counted from.
+
+    Attributes:
+        dense: parameters of the dense model.
+        unit_cost: parameters that leave with one unit.
+        added: parameters the repair adds (biases the dense model does not have).
+    """
+
+    dense: int
+    unit_cost: int
+    added: int = 0
+
+
 def make_plan(
-    kept: Mapping[str, tuple[int, ...]],
-    widths: Mapping[str, int],
-    unit_cost: int,
-    dense_parameters: int,
-    method: str,
-    digest: str,
+    kept: Mapping[str, tuple[int, ...]], widths: Mapping[str, int], accounts: Accounts, method: str, digest: str
 ) -> PruningPlan:
     """Account for what leaves the model and write it all down.
 
     Args:
         kept: survivors per site key, dense numbering.
         widths: dense units per site key.
-        unit_cost: parameters that leave with one unit.
-        dense_parameters: parameters of the dense model.
+        accounts: what the reduction is counted from.
         method: title of the method.
         digest: digest of everything the decision was made from.
     """
-    removed = unit_cost * sum(widths[key] - len(kept[key]) for key in widths)
+    removed = accounts.unit_cost * sum(widths[key] - len(kept[key]) for key in widths) - accounts.added
     return PruningPlan(
         kept=dict(kept),
         widths=dict(widths),
         method=method,
-        ratio=removed / dense_parameters,
-        parameters=(dense_parameters, dense_parameters - removed),
+        ratio=removed / accounts.dense,
+        parameters=(accounts.dense, accounts.dense - removed),
         digest=digest,
     )

@@ -62,12 +62,19 @@ class Demonstrator:
     """Times one variant once per call (so that the caller can alternate), and writes the example texts."""
 
     def __init__(self, task: Demonstration) -> None:
-        torch.set_num_threads(task.threads)
         self._task = task
         self._prompt_1T = torch.from_numpy(np.load(task.tokens_path, allow_pickle=False)[:1]).to(torch.int64)
 
     def __call__(self, visit: Visit) -> Shown:
-        """One timed visit of one variant, after a warm-up pass."""
+        """One timed visit of one variant, after a warm-up pass, with all threads of the machine."""
+        usual = torch.get_num_threads()
+        torch.set_num_threads(self._task.threads)
+        try:
+            return self._visit(visit)
+        finally:
+            torch.set_num_threads(usual)
+
+    def _visit(self, visit: Visit) -> Shown:
         model = visit.variant.load(self._task.numerics)
         prompt_1T = self._prompt_1T.to(model.device)
         with torch.inference_mode():
@@ -94,7 +101,7 @@ def summary(shown: Mapping[Visit, Shown], timed: bool) -> dict[str, dict[str, ob
         visits.setdefault(visit.variant.label, []).append(one)
     return {
         "times": {label: medians(mine) for label, mine in visits.items()} if timed else {},
-        "texts": {label: next(one.texts for one in mine if one.texts) for label, mine in visits.items()},
+        "texts": {label: next((one.texts for one in mine if one.texts), ()) for label, mine in visits.items()},
     }
 
 

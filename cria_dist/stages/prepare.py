@@ -60,6 +60,12 @@ class Job:
         """Test tokens, int32 [sequences, length]."""
         return self.folder / "tokens" / "test.npy"
 
+    def added_parameters(self, kept: Mapping[str, tuple[int, ...]]) -> int:
+        """Parameters the repair adds to the model: biases where it has none."""
+        if self.config.prune.repair != "bias":
+            return 0
+        return sum(self.family.output_bias_cost(self.model_config, len(units)) for units in kept.values())
+
     @property
     def final_widths(self) -> dict[str, int]:
         """Units per site key after the last round."""

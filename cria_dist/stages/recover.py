@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,10 +213,15 @@ def write_recovered(model: PreTrainedModel, task: RecoverTask) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The steps logged so far, without a line that is still being written."""
+    """The steps logged so far; lines that a crash tore are left out, of a step logged twice the later one counts."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    steps: dict[int, dict[str, Any]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            line = json.loads(text)
+            steps[line["step"]] = line
+    return [line for _, line in sorted(steps.items())]
 
 
 @contextmanager

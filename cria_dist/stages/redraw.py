@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from cria_dist.errors import DataError
 from cria_dist.records import PruningPlan, Report, Site, SiteEvidence
 from cria_dist.report.writer import report_from_json, write_report
 from cria_dist.store import site_scores
@@ -14,7 +15,10 @@ def redraw(folder: Path) -> Path:
         DataError: the run has no report yet, or a file of it is damaged.
     """
     report: Report = report_from_json(folder / "report.json")
-    plan = PruningPlan.from_json((folder / "pruned" / "plan.json").read_text(encoding="utf-8"))
+    path = folder / "pruned" / "plan.json"
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run the same command again to write it")
+    plan = PruningPlan.from_json(path.read_text(encoding="utf-8"))
     return write_report(report, site_evidence(folder / "round-00", plan), folder)
 
 

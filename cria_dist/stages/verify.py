@@ -4,14 +4,17 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from cria_dist import files
 from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
+from cria_dist.stages.evaluate import Variant
 
 TOLERANCE = 1e-5
 TIMEOUT_SECONDS = 1800
@@ -73,6 +76,25 @@ def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A checkpoint and what it must equal.
+
+    Attributes:
+        directory: the checkpoint.
+        reference: the dense model pruned in memory where that is the same model, else the checkpoint loaded here.
+        record: where the finding is kept.
+    """
+
+    directory: Path
+    reference: Variant
+    record: Path
+
+    def __str__(self) -> str:
+        """Name of the work item."""
+        return f"load {self.directory.name} in a fresh process"
+
+
 class Verifier:
     """Runs the check in a worker, so that the coordinator never holds a model."""
 
@@ -80,7 +102,9 @@ class Verifier:
         self._tokens_path = tokens_path
         self._dtype = dtype
 
-    def __call__(self, directory: Path) -> str:
-        """Check one checkpoint."""
-        reference = checkpoint.load_model(directory, checkpoint.Numerics(self._dtype))
-        return loads_in_transformers(directory, reference, self._tokens_path, self._dtype)
+    def __call__(self, export: Export) -> str:
+        """Check one checkpoint and keep the finding."""
+        reference = export.reference.load(checkpoint.Numerics(self._dtype))
+        finding = loads_in_transformers(export.directory, reference, self._tokens_path, self._dtype)
+        files.write_json(export.record, {"finding": finding})
+        return finding

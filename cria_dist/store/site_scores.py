@@ -18,7 +18,7 @@ def write_scores(folder: Path, scores: Scores, digest: str) -> None:
     """Write ``spectra/<site>.npz`` (if there is a spectrum), then ``scores/<site>.npz``."""
     if scores.spectrum is not None:
         _write(
-            folder / "spectra" / f"{scores.site.key}.npz",
+            _spectrum_path(folder, scores.site),
             values=scores.spectrum.values_K,
             residual=np.float64(scores.spectrum.residual),
             complete=np.bool_(scores.spectrum.complete),
@@ -43,8 +43,9 @@ def has_scores(folder: Path, site: Site, digest: str) -> bool:
     if not path.is_file():
         return False
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return str(arrays["digest"]) == digest
+        arrays = _load(path)
+        spectrum_is_there = not arrays["has_spectrum"] or _spectrum_path(folder, site).is_file()
+        return str(arrays["digest"]) == digest and spectrum_is_there
     except DAMAGE:
         return False
 
@@ -57,23 +58,32 @@ def read_scores(folder: Path, site: Site) -> Scores:
     """
     path = folder / "scores" / f"{site.key}.npz"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            spectrum = _read_spectrum(folder, site) if arrays["has_spectrum"] else None
-            return Scores(
-                site=site,
-                keep_N=arrays["keep"],
-                cost_N=arrays["cost"],
-                edges_E2=arrays["edges"] if arrays["guarded"] else None,
-                spectrum=spectrum,
-                facts=dict(zip(arrays["fact_names"].tolist(), arrays["fact_values"].tolist(), strict=True)),
-            )
+        arrays = _load(path)
+        spectrum = _read_spectrum(folder, site) if arrays["has_spectrum"] else None
+        return Scores(
+            site=site,
+            keep_N=arrays["keep"],
+            cost_N=arrays["cost"],
+            edges_E2=arrays["edges"] if arrays["guarded"] else None,
+            spectrum=spectrum,
+            facts=dict(zip(arrays["fact_names"].tolist(), arrays["fact_values"].tolist(), strict=True)),
+        )
     except DAMAGE as error:
         raise DataError(f"{path} cannot be read ({error}); delete it and run the same command again") from error
 
 
 def _read_spectrum(folder: Path, site: Site) -> Spectrum:
-    with np.load(folder / "spectra" / f"{site.key}.npz", allow_pickle=False) as arrays:
-        return Spectrum(arrays["values"], float(arrays["residual"]), bool(arrays["complete"]))
+    arrays = _load(_spectrum_path(folder, site))
+    return Spectrum(arrays["values"], float(arrays["residual"]), bool(arrays["complete"]))
+
+
+def _spectrum_path(folder: Path, site: Site) -> Path:
+    return folder / "spectra" / f"{site.key}.npz"
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _write(path: Path, **arrays: np.ndarray | np.generic) -> None:

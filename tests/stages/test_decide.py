@@ -10,7 +10,7 @@ import pytest
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.family import family_of
 from cria_dist.records import PruningPlan, Scores, Site
-from cria_dist.stages.decide import compose, local_indices, make_plan, select
+from cria_dist.stages.decide import Accounts, compose, local_indices, make_plan, select
 
 KEY = "layer-000.mlp"
 
@@ -21,7 +21,7 @@ def scores(keep: list[float], edges: list[tuple[int, int]] | None = None) -> Sco
 
 
 def plan(kept: dict[str, tuple[int, ...]], widths: dict[str, int]) -> PruningPlan:
-    return make_plan(kept, widths, 10, 100_000, "m", "d")
+    return make_plan(kept, widths, Accounts(100_000, 10), "m", "d")
 
 
 def test_the_lowest_go() -> None:
@@ -95,7 +95,7 @@ def test_the_ratio_is_that_of_the_written_checkpoint(
     widths = {site.key: width for site, width in family.widths(config).items()}
     indices = {key: tuple(range(kept)) for key in widths}
     parameters = checkpoint.count_parameters(config)
-    made = make_plan(indices, widths, family.unit_cost(config), parameters, "m", "d")
+    made = make_plan(indices, widths, Accounts(parameters, family.unit_cost(config)), "m", "d")
     surgery.write_pruned(dense, tmp_path / "pruned", surgery.Surgery(family, config, indices))
     before, after = (
         sum(p.numel() for p in checkpoint.load_model(folder, checkpoint.Numerics()).parameters())

@@ -17,7 +17,7 @@ from cria_dist.models.checkpoint import Numerics
 from cria_dist.models.family import family_of
 from cria_dist.records import Evaluation
 from cria_dist.stages import verify
-from cria_dist.stages.decide import make_plan
+from cria_dist.stages.decide import Accounts, make_plan
 from cria_dist.stages.evaluate import PerplexityMeter, Variant, mean_loss
 
 KEPT = {"layer-000.mlp": tuple(range(0, 48, 2)), "layer-001.mlp": tuple(range(24))}
@@ -33,7 +33,7 @@ def tokens_path(tmp_path: Path) -> Path:
 @pytest.fixture
 def plan_path(pico: Path, tmp_path: Path) -> Path:
     widths = dict.fromkeys(KEPT, 48)
-    plan = make_plan(KEPT, widths, 96, checkpoint.count_parameters(checkpoint.read_config(pico)), "m", "d")
+    plan = make_plan(KEPT, widths, Accounts(checkpoint.count_parameters(checkpoint.read_config(pico)), 96), "m", "d")
     (tmp_path / "plan.json").write_text(plan.to_json())
     return tmp_path / "plan.json"
 
