@@ -117,8 +117,9 @@ class RecoverConfig(Section):
     """Tokens per training sequence."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """Peak learning rate; linear warm-up over a tenth of the steps, then cosine to a tenth of the peak."""
-    train: Literal["all", "blocks"] = "blocks"
-    """``blocks`` leaves embeddings and head frozen (a third of the memory of a small model)."""
+    train: Literal["all", "blocks", "mlp"] = "blocks"
+    """``blocks`` leaves embeddings and head frozen, ``mlp`` trains only the tensors that lost units. Trained parameters
+    take 16 bytes each (weight, gradient, two moments), frozen ones 4."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints."""
 

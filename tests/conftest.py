@@ -165,7 +165,7 @@ def train_in_this_process(task: Any, name: str, storage: Path) -> None:
     from cria_dist.stages import recover
 
     del name, storage
-    recover.train(task, recover.Place(), lambda model: model, None, lambda step, write: None)
+    recover.train(task, recover.Place(), None, lambda step, write: None)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,7 @@ def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
 def train_here(task: recover.RecoverTask, name: str, storage: Path) -> None:
     """Recover in this process with one worker; an interrupted recovery starts again."""
     del name, storage
-    recover.train(task, recover.Place(), lambda model: model, None, lambda step, write: None)
+    recover.train(task, recover.Place(), None, lambda step, write: None)
 
 
 def command_line() -> str:

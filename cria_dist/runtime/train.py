@@ -8,9 +8,7 @@ from pathlib import Path
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-from transformers import PreTrainedModel
 
 from cria_dist.errors import ConfigError, CriaError, WorkerError
 from cria_dist.stages import recover
@@ -78,14 +76,10 @@ def _train_worker(config: dict[str, RecoverTask]) -> None:
     place = Place(ours.get_world_rank(), ours.get_world_size())
     resume = ray.train.get_checkpoint()
     if resume is None:
-        recover.train(config["task"], place, _data_parallel, None, _reporter(place))
+        recover.train(config["task"], place, None, _reporter(place))
         return
     with resume.as_directory() as folder:
-        recover.train(config["task"], place, _data_parallel, Path(folder), _reporter(place))
-
-
-def _data_parallel(model: PreTrainedModel) -> torch.nn.Module:
-    return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+        recover.train(config["task"], place, Path(folder), _reporter(place))
 
 
 def _reporter(place: Place) -> recover.Checkpoint:

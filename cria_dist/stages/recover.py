@@ -1,4 +1,4 @@
-"""Recover: a short fine-tuning of the pruned model. Plain PyTorch; who wraps the model for several workers is outside.
+"""Recover: a short fine-tuning of the pruned model. Plain PyTorch; who starts several workers is outside.
 
 Shapes: S sequences, T tokens, V vocabulary.
 """
@@ -7,8 +7,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from cria_dist import files
 from cria_dist.config import RecoverConfig
 from cria_dist.errors import NumericError
 from cria_dist.models import checkpoint
+from cria_dist.models.family import family_of
 
 WEIGHT_DECAY = 0.01
 CLIP_NORM = 1.0
-MICRO_SEQUENCES = 2
+MICRO_SEQUENCES = 1  # logits and activations of one sequence at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +60,16 @@ class Place:
     world: int = 1
 
 
-Wrap = Callable[[PreTrainedModel], torch.nn.Module]
 Checkpoint = Callable[[int, Callable[[Path], None]], None]
 """Called on every rank with the step; rank 0's writer fills a folder."""
 
 
-def train(task: RecoverTask, place: Place, wrap: Wrap, resume: Path | None, save_checkpoint: Checkpoint) -> None:
+def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint: Checkpoint) -> None:
     """Fine-tune and, on rank 0, write the recovered checkpoint.
 
     Args:
         task: what to train.
         place: this worker.
-        wrap: makes the model data parallel (identity for one worker).
         resume: folder written by an earlier checkpoint, or None.
         save_checkpoint: called every ``checkpoint_every`` steps.
 
@@ -81,7 +80,6 @@ def train(task: RecoverTask, place: Place, wrap: Wrap, resume: Path | None, save
     model = checkpoint.load_model(task.model_dir, checkpoint.Numerics("float32", task.matmul)).train()
     for parameter in frozen_parameters(model, config):
         parameter.requires_grad_(False)
-    parallel = wrap(model)
     state = TrainState(model, config)
     start = state.load(resume) if resume is not None else 0
     if place.rank == 0:
@@ -91,7 +89,7 @@ def train(task: RecoverTask, place: Place, wrap: Wrap, resume: Path | None, save
     started = time.monotonic()
     for step in range(start, config.steps):
         mine = order[step][place.rank :: place.world]
-        loss = mean_over_workers(optimise(parallel, state, blocks_SD[mine], learning_rate(step, config)), place)
+        loss = optimise(model, state, blocks_SD[mine], learning_rate(step, config), place)
         if not math.isfinite(loss):
             raise NumericError(f"recovery: the loss is {loss} at step {step}; lower recover.learning_rate")
         if place.rank == 0:
@@ -103,11 +101,16 @@ def train(task: RecoverTask, place: Place, wrap: Wrap, resume: Path | None, save
 
 
 def frozen_parameters(model: PreTrainedModel, config: RecoverConfig) -> Iterator[torch.nn.Parameter]:
-    """Parameters the recipe leaves alone: input and output embeddings under ``train = "blocks"``."""
+    """Parameters the recipe leaves alone: embeddings under ``blocks``, all that kept its shape under ``mlp``."""
     if config.train == "blocks":
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             if module is not None:
                 yield from module.parameters()
+    if config.train == "mlp":
+        shape = model.config.to_dict()
+        family = family_of(shape)
+        trained = {name for site in family.widths(shape) for name in family.coupled_tensors(site, shape)}
+        yield from (parameter for name, parameter in model.named_parameters() if name not in trained)
 
 
 def training_sequences(tokens_ST: np.ndarray, length: int) -> torch.Tensor:
@@ -170,25 +173,37 @@ class TrainState:
         return step
 
 
-def optimise(parallel: torch.nn.Module, state: TrainState, batch_SD: torch.Tensor, rate: float) -> float:
-    """One optimiser step on this worker's part of the global batch; returns its mean loss.
+def optimise(model: PreTrainedModel, state: TrainState, batch_SD: torch.Tensor, rate: float, place: Place) -> float:
+    """One optimiser step, this worker on its part of the global batch; returns the mean loss of the whole batch.
 
     Gradients accumulate over micro-batches so that the logits ([S, T, V] in float32) stay small.
     """
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
-    parts = batch_SD.split(MICRO_SEQUENCES)
     total = 0.0
-    for index, part_SD in enumerate(parts):
-        postponed = index < len(parts) - 1 and isinstance(parallel, torch.nn.parallel.DistributedDataParallel)
-        with parallel.no_sync() if postponed else nullcontext():  # pyright: ignore[reportCallIssue]  (DDP, just checked)
-            loss = next_token_loss(parallel, part_SD) * (len(part_SD) / len(batch_SD))
-            loss.backward()
+    for part_SD in batch_SD.split(MICRO_SEQUENCES):
+        loss = next_token_loss(model, part_SD) * (len(part_SD) / len(batch_SD))
+        loss.backward()
         total += float(loss.detach())
+    average_gradients(state.trained.values(), place)
     torch.nn.utils.clip_grad_norm_(state.trained.values(), CLIP_NORM)
     state.optimizer.step()
-    return total
+    return mean_over_workers(total, place)
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter], place: Place) -> None:
+    """Mean of the gradients over all workers.
+
+    ``DistributedDataParallel`` does the same with a second copy of the gradients in its buckets while they accumulate
+    over micro-batches: 0.2 GiB per worker more for 63 M trained parameters.
+    """
+    if place.world == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= place.world
 
 
 def mean_over_workers(loss: float, place: Place) -> float:
@@ -200,10 +215,10 @@ def mean_over_workers(loss: float, place: Place) -> float:
     return float(total) / place.world
 
 
-def next_token_loss(parallel: torch.nn.Module, tokens_SD: torch.Tensor) -> torch.Tensor:
+def next_token_loss(model: PreTrainedModel, tokens_SD: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of the next token."""
-    tokens_SD = tokens_SD.to(next(parallel.parameters()).device)
-    logits = parallel(input_ids=tokens_SD, use_cache=False).logits[:, :-1]
+    tokens_SD = tokens_SD.to(model.device)
+    logits = model(input_ids=tokens_SD, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens_SD[:, 1:].flatten())
 
 

@@ -1,12 +1,12 @@
 """Recovery: it learns, it resumes to the bit, it does not depend on the number of workers."""
 
-import functools
 import itertools
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,9 +36,8 @@ def train(
     task: RecoverTask,
     resume: Path | None = None,
     save: recover.Checkpoint = lambda step, write: None,
-    wrap: recover.Wrap = lambda model: model,
 ) -> dict[str, torch.Tensor]:
-    recover.train(task, Place(), wrap, resume, save)
+    recover.train(task, Place(), resume, save)
     return load_file(task.target / checkpoint.WEIGHTS)
 
 
@@ -61,18 +60,27 @@ def test_the_result_is_a_checkpoint_like_the_pruned_one(task: RecoverTask, pico:
 
 
 def test_a_bfloat16_checkpoint_is_trained_in_float32_and_stays_bfloat16(
-    task: RecoverTask, make_model: Callable[..., Path], tmp_path: Path
+    task: RecoverTask, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = make_model(tmp_path / "half", dtype="bfloat16", tie_word_embeddings=False)
-    seen: list[torch.dtype] = []
+    seen: set[torch.dtype] = set()
+    loss = recover.next_token_loss
 
-    def wrap(model: torch.nn.Module) -> torch.nn.Module:
-        seen.extend({parameter.dtype for parameter in model.parameters()})
-        return model
+    def spy(model: Any, tokens_SD: torch.Tensor) -> torch.Tensor:
+        seen.update(parameter.dtype for parameter in model.parameters())
+        return loss(model, tokens_SD)
 
-    trained = train(replace(task, model_dir=half), wrap=wrap)
-    assert seen == [torch.float32]
+    monkeypatch.setattr(recover, "next_token_loss", spy)
+    trained = train(replace(task, model_dir=half))
+    assert seen == {torch.float32}
     assert {tensor.dtype for tensor in trained.values()} == {torch.bfloat16}
+
+
+def test_mlp_trains_only_what_lost_units(task: RecoverTask) -> None:
+    before = load_file(task.model_dir / checkpoint.WEIGHTS)
+    after = train(replace(task, config=task.config.model_copy(update={"train": "mlp"})))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mlp." in name}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -111,24 +119,6 @@ def test_a_resumed_training_ends_in_the_same_weights(recipe: str, task: RecoverT
         assert [(line["step"], line["loss"]) for line in read_log(again.log_path)] == expected
     assert not list(tmp_path.rglob("*.pkl"))
     assert {path.name for path in saved[3].iterdir()} == {"state.safetensors"}
-
-
-def test_a_resumed_training_follows_the_model_to_where_the_wrap_moved_it(
-    task: RecoverTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As to a GPU: the moments that are read back must be where the parameters are; float64 stands for the device.
-
-    ``foreach`` is what AdamW does on a GPU; it checks device and data type of what it is given.
-    """
-
-    def save(step: int, write: Callable[[Path], None]) -> None:
-        (tmp_path / f"state-{step}").mkdir()
-        write(tmp_path / f"state-{step}")
-
-    monkeypatch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, foreach=True))
-    whole = train(task, save=save)
-    again = train(replace(task, target=tmp_path / "again"), tmp_path / "state-6", wrap=lambda model: model.double())
-    assert all(torch.allclose(again[name], whole[name], atol=1e-4) for name in whole)
 
 
 def test_another_seed_trains_in_another_order(task: RecoverTask, tmp_path: Path) -> None:
