@@ -155,7 +155,7 @@ def test_the_mean_of_the_workers_gradients_is_that_of_the_global_batch(
 
     def gradients(part_SD: torch.Tensor) -> dict[str, torch.Tensor]:
         model = checkpoint.load_model(pico, checkpoint.Numerics())
-        recover.optimise(model, TrainState(model, CONFIG), part_SD, rate=1e-3)
+        recover.optimise(model, TrainState(model, CONFIG), part_SD, 1e-3, Place())
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     model = checkpoint.load_model(pico, checkpoint.Numerics())
@@ -171,22 +171,22 @@ def test_the_logged_loss_is_that_of_the_whole_part(task: RecoverTask, pico: Path
     model = checkpoint.load_model(pico, checkpoint.Numerics())
     with torch.no_grad():
         expected = float(model(input_ids=batch_SD, labels=batch_SD).loss)
-    found = recover.optimise(model, TrainState(model, CONFIG), batch_SD, rate=1e-3)
+    found = recover.optimise(model, TrainState(model, CONFIG), batch_SD, 1e-3, Place())
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradients_are_clipped(task: RecoverTask, pico: Path) -> None:
     model = checkpoint.load_model(pico, checkpoint.Numerics())
-    recover.optimise(
-        model, TrainState(model, CONFIG), recover.training_sequences(np.load(task.tokens_path), 16)[:2], 0.0
-    )
+    batch_SD = recover.training_sequences(np.load(task.tokens_path), 16)[:2]
+    recover.optimise(model, TrainState(model, CONFIG), batch_SD, 0.0, Place())
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     assert float(norm) <= recover.CLIP_NORM * 1.001
 
 
 def test_only_the_first_rank_writes(task: RecoverTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recover, "mean_over_workers", lambda loss, place: loss)  # there is no process group
-    recover.train(task, Place(1, 2), lambda model: model, None, lambda step, write: None)
+    monkeypatch.setattr(recover, "average_gradients", lambda parameters, place: None)
+    recover.train(task, Place(1, 2), None, lambda step, write: None)
     assert not task.target.exists()
     assert not task.log_path.exists()
 
