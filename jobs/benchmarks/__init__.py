@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from jobs.benchmarks import demo
+from jobs.benchmarks import demo, spectral
 from jobs.benchmarks.frame import Measurement
 
 BENCHMARKS: dict[str, Callable[[bool], Measurement]] = {
     "demo": demo.measure,
+    "spectral": spectral.measure,
 }
