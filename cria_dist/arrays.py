@@ -1,13 +1,11 @@
 """NumPy or CuPy, chosen once with a reason; the only file that imports cupy.
 
 Maths asks its arrays for their library (:func:`namespace`); what the array API lacks (sparse matrices, triangular
-solves, a few eigenpairs of a dense matrix, LOBPCG) is here, once per library.
+solves, a few eigenpairs of a dense matrix) is here, once per library.
 """
 
 import functools
 import importlib.util
-import warnings
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Literal
 
@@ -16,7 +14,6 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 import scipy.sparse.csgraph
-import scipy.sparse.linalg
 
 Array = Any
 """An n-dimensional array of NumPy or CuPy."""
@@ -64,10 +61,15 @@ def _cupyx(name: str) -> ModuleType:
     return importlib.import_module(f"cupyx.scipy.{name}")
 
 
-def csr(data: Array, rows: Array, columns: Array, size: int) -> Sparse:
-    """Square CSR matrix from coordinates; duplicates are added."""
+def pieces(size: int, rows: int) -> list[slice]:
+    """Slices that cover ``size`` rows, so many at a time."""
+    return [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
+
+
+def csr(data: Array, rows: Array, columns: Array, shape: tuple[int, int]) -> Sparse:
+    """CSR matrix from coordinates; duplicates are added."""
     module = _cupyx("sparse") if _on_gpu(data) else scipy.sparse
-    return module.csr_matrix((data, (rows, columns)), shape=(size, size))
+    return module.csr_matrix((data, (rows, columns)), shape=shape)
 
 
 def dense(matrix: Sparse) -> Array:
@@ -80,6 +82,15 @@ def component_labels(matrix: Sparse) -> tuple[int, Array]:
     on_gpu = _on_gpu(matrix)  # cupyx would need pylibcugraph for this; the graph is small, the host does it
     count, labels = scipy.sparse.csgraph.connected_components(matrix.get() if on_gpu else matrix, directed=False)
     return int(count), to_device(labels, "cupy" if on_gpu else "numpy")
+
+
+def smallest_spanning_tree(weights_E: Array, edges_E2: Array, size: int) -> Array:
+    """Which edges p < q make up the minimum spanning tree of a connected graph with positive weights, bool [E]."""
+    left_E, right_E = to_numpy(edges_E2[:, 0]), to_numpy(edges_E2[:, 1])
+    graph = scipy.sparse.csr_matrix((to_numpy(weights_E), (left_E, right_E)), shape=(size, size))
+    tree = scipy.sparse.csgraph.minimum_spanning_tree(graph).tocoo()
+    chosen = np.isin(left_E * size + right_E, tree.row.astype(np.int64) * size + tree.col)
+    return to_device(chosen, "cupy" if _on_gpu(weights_E) else "numpy")
 
 
 def solve_lower(factor_NN: Array, right_NM: Array, transposed: bool = False) -> Array:
@@ -97,18 +108,3 @@ def top_eigenpairs(symmetric_NN: Array, count: int) -> tuple[Array, Array]:
     else:
         values, vectors = scipy.linalg.eigh(symmetric_NN, subset_by_index=(size - count, size - 1), driver="evr")
     return values[::-1], vectors[:, ::-1]
-
-
-def lobpcg(
-    operator: Sparse, start_NK: Array, metric: Sparse, preconditioner: Callable[[Array], Array], constraint_N1: Array
-) -> tuple[Array, Array]:
-    """Smallest generalised eigenpairs by LOBPCG, B-orthogonal to ``constraint_N1``; the caller checks residuals."""
-    module = _cupyx("sparse.linalg") if _on_gpu(start_NK) else scipy.sparse.linalg
-    size = start_NK.shape[0]
-    operator_type: Any = module.LinearOperator  # its stub in SciPy describes the base class only
-    apply = operator_type((size, size), matvec=preconditioner, matmat=preconditioner, dtype=start_NK.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about its own tolerance; the residual decides
-        return module.lobpcg(
-            operator, start_NK, B=metric, M=apply, Y=constraint_N1, tol=1e-8, maxiter=200, largest=False
-        )

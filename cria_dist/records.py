@@ -88,9 +88,10 @@ class Spectrum:
     """Generalised eigenvalues between the two graphs of a site.
 
     Attributes:
-        values_K: eigenvalues, descending.
+        values_K: eigenvalues outside the null space, descending.
         residual: largest ``|L_X v - zeta L_Y v| / (|L_X v| + zeta |L_Y v|)`` over the pairs that were checked.
-        complete: True when ``values_K`` is the whole spectrum without the null space.
+        complete: True when every value was computed; False when all but the largest are quantiles of an estimated
+            density (stochastic Lanczos quadrature).
     """
 
     values_K: Float64

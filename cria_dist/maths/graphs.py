@@ -1,45 +1,13 @@
-"""Neuron graphs: exact k-nearest neighbours, union symmetrisation, connection, Laplacian.
+"""Neuron graphs: union of nearest neighbours, connection, Laplacian.
 
-Shapes: N neurons, M observations (tokens), K neighbours, E edges, B rows of a block.
+Shapes: N neurons, M observations (tokens), K neighbours, E edges, B rows of a block, S neurons that seek a way out.
 """
 
 from cria_dist import arrays
 from cria_dist.arrays import Array, Sparse
-from cria_dist.errors import NumericError
+from cria_dist.maths.points import Points
 
-BLOCK_ROWS = 1024
-SPARE_CANDIDATES = 16
-RERANK_VALUES = 4_000_000
-
-
-def nearest_neighbours(signals_NM: Array, k: int) -> Array:
-    """The k nearest other neurons of each neuron in Euclidean distance, nearest first.
-
-    ``|x_p - x_q|^2 = |x_p|^2 + |x_q|^2 - 2 x_p . x_q`` by blocked matrix products. The mean over neurons is taken off
-    first: distances do not change and the products lose fewer digits to cancellation. Equal distances are ordered by
-    index, so duplicates give the same graph on every run.
-
-    Args:
-        signals_NM: float32 or float64, one row per neuron.
-        k: neighbours per neuron, 1 <= k < N.
-
-    Returns:
-        Integer array [N, k].
-
-    Raises:
-        NumericError: fewer than k + 1 neurons, or a signal that is not finite.
-    """
-    xp = arrays.namespace(signals_NM)
-    size = signals_NM.shape[0]
-    if size <= k:
-        raise NumericError(f"{size} neurons are too few for {k} neighbours; lower method.neighbours below {size}")
-    if not bool(xp.all(xp.isfinite(signals_NM))):
-        raise NumericError(f"{int(xp.sum(~xp.isfinite(signals_NM)))} signal values are NaN or infinite")
-    centred_NM = signals_NM - xp.mean(signals_NM, axis=0)
-    blocks = [
-        _nearest(centred_NM, start, squared_BN, k) for start, squared_BN in _blocks_of_squared_distances(centred_NM)
-    ]
-    return xp.concat(blocks, axis=0)
+BLOCK_ROWS = 512
 
 
 def union_edges(neighbours_NK: Array) -> Array:
@@ -73,12 +41,13 @@ def connect(signals_NM: Array, edges_E2: Array) -> tuple[Array, int]:
     """
     xp = arrays.namespace(signals_NM)
     size = signals_NM.shape[0]
-    centred_NM = signals_NM - xp.mean(signals_NM, axis=0)
     count, labels_N = arrays.component_labels(adjacency(edges_E2, size))
     found = count
+    if found == 1:
+        return edges_E2, found
+    points = Points.of(signals_NM)
     while count > 1:
-        bridges = _closest_outside(centred_NM, labels_N, count)
-        codes = xp.concat([edges_E2[:, 0] * size + edges_E2[:, 1], bridges])
+        codes = xp.concat([edges_E2[:, 0] * size + edges_E2[:, 1], _closest_outside(points, labels_N, count)])
         codes = xp.unique_values(codes)
         edges_E2 = xp.stack([codes // size, codes % size], axis=1)
         count, labels_N = arrays.component_labels(adjacency(edges_E2, size))
@@ -90,18 +59,19 @@ def adjacency(edges_E2: Array, size: int) -> Sparse:
     xp = arrays.namespace(edges_E2)
     left, right = edges_E2[:, 0], edges_E2[:, 1]
     rows, columns = xp.concat([left, right]), xp.concat([right, left])
-    return arrays.csr(xp.ones(rows.shape[0], dtype=xp.float64), rows, columns, size)
+    return arrays.csr(xp.ones(rows.shape[0], dtype=xp.float64), rows, columns, (size, size))
 
 
-def laplacian(edges_E2: Array, size: int) -> Sparse:
-    """Unweighted graph Laplacian ``D - A``, float64 CSR [N, N]."""
+def laplacian(edges_E2: Array, size: int, weights_E: Array | None = None) -> Sparse:
+    """Graph Laplacian ``D - A``, float64 CSR [N, N]; every edge weighs one unless weights are given."""
     xp = arrays.namespace(edges_E2)
     nodes = xp.arange(size, dtype=edges_E2.dtype)
     left, right = edges_E2[:, 0], edges_E2[:, 1]
+    values_E = xp.ones(left.shape[0], dtype=xp.float64) if weights_E is None else weights_E
+    degree_N = xp.bincount(xp.reshape(edges_E2, (-1,)), weights=xp.repeat(values_E, 2), minlength=size)
     rows = xp.concat([left, right, nodes])
     columns = xp.concat([right, left, nodes])
-    values = xp.concat([-xp.ones(2 * left.shape[0], dtype=xp.float64), degrees(edges_E2, size)])
-    return arrays.csr(values, rows, columns, size)
+    return arrays.csr(xp.concat([-values_E, -values_E, degree_N]), rows, columns, (size, size))
 
 
 def degrees(edges_E2: Array, size: int) -> Array:
@@ -110,65 +80,25 @@ def degrees(edges_E2: Array, size: int) -> Array:
     return xp.astype(xp.bincount(xp.reshape(edges_E2, (-1,)), minlength=size), xp.float64)
 
 
-def _blocks_of_squared_distances(centred_NM: Array):  # noqa: ANN202 (generator of (start, array) pairs)
-    xp = arrays.namespace(centred_NM)
-    size = centred_NM.shape[0]
-    norms_N = xp.sum(centred_NM * centred_NM, axis=1)
-    for start in range(0, size, BLOCK_ROWS):
-        stop = min(start + BLOCK_ROWS, size)
-        scale_BN = norms_N[start:stop, None] + norms_N[None, :]
-        squared_BN = scale_BN - 2 * (centred_NM[start:stop] @ centred_NM.T)
-        noise = 8 * xp.finfo(squared_BN.dtype).eps  # below it, only rounding would tell duplicates apart
-        squared_BN = xp.where(squared_BN <= noise * scale_BN, xp.zeros_like(squared_BN), squared_BN)
-        rows = xp.arange(stop - start)
-        squared_BN[rows, rows + start] = xp.inf
-        yield start, squared_BN
+def _closest_outside(points: Points, labels_N: Array, count: int) -> Array:
+    """For each component but the largest the code p * N + q (p < q) of its shortest edge to another one.
 
-
-def _nearest(centred_NM: Array, start: int, squared_BN: Array, k: int) -> Array:
-    """The k nearest of a block: candidates by matrix product, their order by exact differences."""
-    xp = arrays.namespace(squared_BN)
-    pool = min(k + SPARE_CANDIDATES, squared_BN.shape[1] - 1)
-    candidates_BP = _candidates(squared_BN, pool)
-    exact_BP = xp.empty(candidates_BP.shape, dtype=xp.float64)
-    rows = max(1, RERANK_VALUES // (pool * centred_NM.shape[1]))
-    for first in range(0, candidates_BP.shape[0], rows):
-        chosen_RP = candidates_BP[first : first + rows]
-        own_R1M = centred_NM[start + first : start + first + chosen_RP.shape[0], None, :]
-        difference_RPM = centred_NM[chosen_RP] - own_R1M
-        exact_BP[first : first + rows] = xp.sum(difference_RPM * difference_RPM, axis=2, dtype=xp.float64)
-    order_BP = xp.argsort(exact_BP, axis=1, stable=True)
-    return xp.take_along_axis(candidates_BP, order_BP, axis=1)[:, :k]
-
-
-def _candidates(squared_BN: Array, pool: int) -> Array:
-    """Indices of the ``pool`` smallest of each row, ascending; among equal values the lower indices."""
-    xp = arrays.namespace(squared_BN)
-    chosen_BP = xp.argpartition(squared_BN, pool - 1, axis=1)[:, :pool]
-    largest_B = xp.max(xp.take_along_axis(squared_BN, chosen_BP, axis=1), axis=1)
-    tied = xp.nonzero(xp.count_nonzero(squared_BN <= largest_B[:, None], axis=1) > pool)[0]
-    if tied.shape[0]:  # a partition picks any of equal values; sorting those rows costs ten times as much
-        chosen_BP[tied] = xp.argsort(squared_BN[tied], axis=1, stable=True)[:, :pool]
-    return xp.sort(chosen_BP, axis=1)
-
-
-def _closest_outside(centred_NM: Array, labels_N: Array, count: int) -> Array:
-    """For each component the code p * N + q (p < q) of its shortest edge to another component."""
-    xp = arrays.namespace(centred_NM)
-    size = centred_NM.shape[0]
-    best_C = xp.full(count, xp.inf, dtype=centred_NM.dtype)
-    codes_C = xp.zeros(count, dtype=xp.int64)
-    for start, squared_BN in _blocks_of_squared_distances(centred_NM):
-        inside_B = labels_N[start : start + squared_BN.shape[0]]
-        outside_BN = xp.where(inside_B[:, None] == labels_N[None, :], xp.inf, squared_BN)
-        nearest_B = xp.argmin(outside_BN, axis=1)
-        rows_B = xp.arange(squared_BN.shape[0])
-        distance_B = outside_BN[rows_B, nearest_B]
-        for component in range(count):
-            mine = xp.where(inside_B == component, distance_B, xp.inf)
-            row = int(xp.argmin(mine))
-            if float(mine[row]) < float(best_C[component]):
-                best_C[component] = mine[row]
-                ends = sorted((start + row, int(nearest_B[row])))
-                codes_C[component] = ends[0] * size + ends[1]
-    return codes_C
+    These are edges of the minimum spanning tree already; the largest component is joined by the others.
+    """
+    xp = arrays.namespace(labels_N)
+    size = labels_N.shape[0]
+    largest = xp.argmax(xp.bincount(labels_N, minlength=count))
+    seekers_S = xp.nonzero(labels_N != largest)[0]
+    nearest, distance = [], []
+    for piece in arrays.pieces(seekers_S.shape[0], BLOCK_ROWS):
+        rows_B = seekers_S[piece]
+        squared_BN = points.squared_distances(rows_B)
+        squared_BN = xp.where(labels_N[rows_B][:, None] == labels_N[None, :], xp.inf, squared_BN)
+        nearest.append(xp.argmin(squared_BN, axis=1))
+        distance.append(xp.min(squared_BN, axis=1))
+    order_S = xp.argsort(xp.concat(distance), stable=True)
+    order_S = order_S[xp.argsort(labels_N[seekers_S[order_S]], stable=True)]
+    components_S = labels_N[seekers_S[order_S]]
+    first = order_S[xp.searchsorted(components_S, xp.unique_values(components_S))]
+    one, other = seekers_S[first], xp.concat(nearest)[first]
+    return xp.minimum(one, other) * size + xp.maximum(one, other)

@@ -7,16 +7,15 @@ Source: SPADE (arXiv 2102.03716), whose operator ``L_Y^+ L_X`` Cria (arXiv 2605.
 Shapes: N neurons, K eigenpairs, E edges.
 """
 
-import numpy as np
-
 from cria_dist import arrays
 from cria_dist.arrays import Array, Sparse
 from cria_dist.errors import NumericError
+from cria_dist.maths import lanczos, lobpcg
 
-DENSE_LIMIT = 4096
+DENSE_LIMIT = 1024  # beyond, LOBPCG is faster than a factorisation
 EDGE_BLOCK = 512  # two gathered blocks stay in the cache
-GUARD_VECTORS = 5
 RESIDUAL_TOLERANCE = 1e-6
+ITERATIVE_TOLERANCE = 1e-8
 PIVOT_TOLERANCE = 1e-12
 
 
@@ -33,8 +32,8 @@ def all_eigenvalues(input_laplacian: Sparse, output_laplacian: Sparse) -> Array:
 def top_eigenpairs(input_laplacian: Sparse, output_laplacian: Sparse, count: int) -> tuple[Array, Array, float]:
     """The ``count`` largest generalised eigenpairs.
 
-    Dense for N <= 4096; beyond, LOBPCG on the swapped pencil (smallest ``mu = 1 / zeta`` of ``L_Y v = mu L_X v``), for
-    which the degrees of the output graph are a good preconditioner.
+    Dense for N <= 1024; beyond, LOBPCG with the degrees of the output graph as preconditioner, and thick-restart
+    Lanczos where that does not converge.
 
     Args:
         input_laplacian: Laplacian of the input graph, CSR float64.
@@ -45,12 +44,12 @@ def top_eigenpairs(input_laplacian: Sparse, output_laplacian: Sparse, count: int
         values_K descending, vectors_NK with ``v^T L_Y v = 1`` and ``v`` orthogonal to 1, and the largest residual.
 
     Raises:
-        NumericError: too few neurons, or a residual above 1e-6.
+        NumericError: too few neurons, an output graph that is not connected, or a residual above 1e-6.
     """
     size = input_laplacian.shape[0]
     if not 1 <= count < size:
         raise NumericError(f"{count} eigenpairs asked of {size} neurons; at most {size - 1} exist")
-    few = 5 * (count + GUARD_VECTORS) < size - 1  # LOBPCG cannot do more
+    few = 5 * (count + lobpcg.GUARD_VECTORS) < size - 1
     solve = _top_iterative if few and size > DENSE_LIMIT else _top_dense
     values_K, vectors_NK = solve(input_laplacian, output_laplacian, count)
     worst = residual(input_laplacian, output_laplacian, values_K, vectors_NK)
@@ -75,7 +74,7 @@ def residual(input_laplacian: Sparse, output_laplacian: Sparse, values_K: Array,
 def distortion_of_edges(values_K: Array, vectors_NK: Array, edges_E2: Array) -> Array:
     """SPADE edge score ``sum_i zeta_i (v_i(p) - v_i(q))^2`` for each edge, float64 [E]."""
     xp = arrays.namespace(values_K)
-    difference_EK = vectors_NK[edges_E2[:, 0]] - vectors_NK[edges_E2[:, 1]]
+    difference_EK = xp.take(vectors_NK, edges_E2[:, 0], axis=0) - xp.take(vectors_NK, edges_E2[:, 1], axis=0)
     return xp.sum(difference_EK * difference_EK * values_K[None, :], axis=1)
 
 
@@ -94,7 +93,7 @@ def full_distortion_of_edges(input_laplacian: Sparse, output_laplacian: Sparse, 
     left, right = edges_E2[:, 0], edges_E2[:, 1]
     diagonal_N = xp.sum(pseudo_NN * product_NN, axis=0)
     transposed_NN = xp.asarray(product_NN.T, copy=True)
-    blocks = [slice(start, start + EDGE_BLOCK) for start in range(0, left.shape[0], EDGE_BLOCK)]
+    blocks = arrays.pieces(left.shape[0], EDGE_BLOCK)
     cross_E = xp.concat([xp.sum(pseudo_NN[left[block]] * transposed_NN[right[block]], axis=1) for block in blocks])
     return diagonal_N[left] + diagonal_N[right] - 2 * cross_E
 
@@ -131,24 +130,12 @@ def _top_dense(input_laplacian: Sparse, output_laplacian: Sparse, count: int) ->
 
 
 def _top_iterative(input_laplacian: Sparse, output_laplacian: Sparse, count: int) -> tuple[Array, Array]:
-    """LOBPCG on the swapped pencil with a few guard vectors, from a fixed start."""
-    degrees_N1 = output_laplacian.diagonal()[:, None]
-    xp = arrays.namespace(degrees_N1)
-    size = degrees_N1.shape[0]
-    block = count + GUARD_VECTORS
-    start_NB = xp.asarray(np.random.default_rng(0).standard_normal((size, block)))
-    ones_N1 = xp.ones((size, 1), dtype=xp.float64)
-    shift = arrays.csr(
-        xp.full(size, 1e-8, dtype=xp.float64), xp.arange(size), xp.arange(size), size
-    )  # LOBPCG needs B positive definite; 1e-8 of the smallest degree is below the residual tolerance
-    inverse_B, vectors_NB = arrays.lobpcg(
-        output_laplacian, start_NB, input_laplacian + shift, lambda x: x.reshape(size, -1) / degrees_N1, ones_N1
-    )
-    order_K = xp.argsort(inverse_B)[:count]
-    vectors_NK = vectors_NB[:, order_K]
-    vectors_NK = vectors_NK - xp.mean(vectors_NK, axis=0)
-    energy_K = xp.sum(vectors_NK * (output_laplacian @ vectors_NK), axis=0)
-    vectors_NK = vectors_NK / xp.sqrt(energy_K)
-    values_K = xp.sum(vectors_NK * (input_laplacian @ vectors_NK), axis=0)
-    order_K = xp.argsort(-values_K)
-    return values_K[order_K], vectors_NK[:, order_K]
+    """LOBPCG, or Lanczos where that did not converge."""
+    parts, _ = arrays.component_labels(output_laplacian)
+    if parts > 1:
+        raise NumericError(f"the output graph is not connected ({parts} components)")
+    values_K, vectors_NK = lobpcg.top_eigenpairs(input_laplacian, output_laplacian, count, ITERATIVE_TOLERANCE)
+    reached = residual(input_laplacian, output_laplacian, values_K, vectors_NK)
+    if not reached <= RESIDUAL_TOLERANCE and lanczos.fits(input_laplacian.shape[0], count):
+        return lanczos.top_eigenpairs(input_laplacian, output_laplacian, count, ITERATIVE_TOLERANCE)
+    return values_K, vectors_NK

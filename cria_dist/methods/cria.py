@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 from scipy.stats import rankdata
 
 from cria_dist import arrays
-from cria_dist.arrays import Array
+from cria_dist.arrays import Array, Sparse
 from cria_dist.errors import NumericError
-from cria_dist.maths import graphs, importance, pencil
+from cria_dist.maths import density, graphs, importance, neighbours, pencil, sketch, sparsify
 from cria_dist.methods.base import MethodBase, SiteStatistics, Statistic, Verdict
 from cria_dist.records import Float64, Spectrum
 
@@ -48,6 +48,9 @@ class Cria(MethodBase):
     """s, the dominant eigenpairs of the score when ``spectrum`` is ``top``."""
     spectrum: Literal["top", "full"] = "top"
     """``full``: the limit of all eigenpairs; steadier at the low end of the ranking, where pruning happens."""
+    drop_edges: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the edges of both graphs to leave out, those with the smallest effective resistance over squared data
+    distance (SAGMAN's sparsification); a spanning tree stays."""
     output_weighting: Literal["none", "product", "rank"] = "none"
     """Weigh by what the next layer reads of a neuron, std(activation) x norm of its output column: multiply by it, or
     average the two ranks."""
@@ -89,6 +92,11 @@ class Cria(MethodBase):
         input_NM, output_NM = statistics.input_NM, statistics.output_NM
         if input_NM is None or output_NM is None:
             raise NumericError("cria needs recorded signals; run the record stage with this method")
+        if not input_NM.shape[0] == output_NM.shape[0] == statistics.width:
+            raise NumericError(
+                f"{input_NM.shape[0]} pre-activation and {output_NM.shape[0]} post-activation signals of "
+                f"{statistics.width} neurons; record the site again"
+            )
         alive_N = self._alive(output_NM)
         live = np.flatnonzero(alive_N)
         if live.size <= self.neighbours + 1:
@@ -126,28 +134,39 @@ class Cria(MethodBase):
         input_edges, input_parts = self._graph(input_NM)
         output_edges, output_parts = self._graph(output_NM)
         left, right = graphs.laplacian(input_edges, size), graphs.laplacian(output_edges, size)
+        values_K, exact = density.whole_spectrum(left, right, output_edges)
+        top_K, vectors_NK, worst = pencil.top_eigenpairs(left, right, min(self.eigenpairs, size - 1))
+        values_K = values_K if exact else density.with_top(values_K, arrays.to_numpy(top_K))
         if self.spectrum == "full":
-            edge_scores = pencil.full_distortion_of_edges(left, right, input_edges)
-            complete = size <= pencil.DENSE_LIMIT
-            values = pencil.all_eigenvalues(left, right) if complete else pencil.top_eigenpairs(left, right, 16)[0]
-            spectrum = Spectrum(arrays.to_numpy(values), float("nan"), complete)
+            edge_scores = _full_distortion(left, right, input_edges)
         else:
-            values, vectors, residual = pencil.top_eigenpairs(left, right, min(self.eigenpairs, size - 1))
-            edge_scores = pencil.distortion_of_edges(values, vectors, input_edges)
-            spectrum = Spectrum(arrays.to_numpy(values), residual, complete=False)
+            edge_scores = pencil.distortion_of_edges(top_K, vectors_NK, input_edges)
         node_scores = importance.mean_over_neighbours(edge_scores, input_edges, size)
         facts = {
             "input_components": float(input_parts),
             "output_components": float(output_parts),
             "input_max_degree": float(graphs.degrees(input_edges, size).max()),
             "output_max_degree": float(graphs.degrees(output_edges, size).max()),
+            "spectral_gap": density.spectral_gap(values_K),
+            "effective_rank": density.effective_rank(values_K),
         }
         guard_edges = arrays.to_numpy(input_edges) if self.neighbour_guard else None
-        return Verdict(arrays.to_numpy(node_scores), guard_edges, spectrum, facts)
+        return Verdict(arrays.to_numpy(node_scores), guard_edges, Spectrum(values_K, worst, exact), facts)
 
     def _graph(self, signals_NM: Array) -> tuple[Array, int]:
-        neighbours = graphs.nearest_neighbours(signals_NM, self.neighbours)
-        return graphs.connect(signals_NM, graphs.union_edges(neighbours))
+        nearest_NK = neighbours.nearest_neighbours(signals_NM, self.neighbours)
+        edges_E2, found = graphs.connect(signals_NM, graphs.union_edges(nearest_NK))
+        if self.drop_edges:
+            edges_E2 = sparsify.sparsify(signals_NM, edges_E2, self.drop_edges)
+        return edges_E2, found
+
+
+def _full_distortion(left: Sparse, right: Sparse, input_edges: Array) -> Array:
+    """Exact while the whole spectrum is, estimated beyond."""
+    if left.shape[0] <= density.EXACT_LIMIT:
+        return pencil.full_distortion_of_edges(left, right, input_edges)
+    xp = arrays.namespace(input_edges)
+    return sketch.distortion_of_edges(input_edges, xp.ones(input_edges.shape[0], dtype=xp.float64), right)
 
 
 def _read_by_next_layer(statistics: SiteStatistics) -> Float64:

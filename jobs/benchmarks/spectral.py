@@ -1,11 +1,11 @@
 """The spectral engine beside what a user of SciPy and scikit-learn would write: seconds, accuracy, growth."""
 
 import math
-from collections.abc import Callable, Mapping
+import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 from scipy.stats import rankdata
 from sklearn.neighbors import kneighbors_graph
 from threadpoolctl import threadpool_info
@@ -22,6 +22,7 @@ PROTOCOL = (
     "all on the same cores.",
     "eigsh: two graphs by scikit-learn, then scipy eigsh(L_X, M=L_Y + 1e-8 I) with its own factorisation. dense: the "
     "same graphs, then scipy.linalg.eigh of the pencil. Each in a process of its own; its start is not timed.",
+    "speedup_vs_RIVAL_N is at the smallest number of tokens (where the graphs weigh least), ..._mM at M tokens.",
     "A rival that did not finish counts as its cap: the ratio is then a lower bound (metrics NAME_is_bound = 1).",
     "Spearman: our node scores against dense ones of the same graphs, top pairs and whole spectrum (sketch).",
     "slope_n, slope_m: growth of our site's seconds, exponents between the smallest and the largest size.",
@@ -30,36 +31,43 @@ PROTOCOL = (
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What is measured: (n, m) of the sites, of the rivals and of the slopes, and when a rival is given up."""
+    """What is measured, and after how many seconds a rival is given up.
+
+    Attributes:
+        graphs: (n, m) of the graphs beside scikit-learn's.
+        sites: (n, m, dense too) of the sites beside those of the rivals.
+        cap: seconds a rival may take.
+        widths: n of the growth in n, at the smallest m.
+        tokens: m of the growth in m, at the second n.
+        accuracy: (n, m) where scores are compared with dense ones.
+        repeats: samples of each graph.
+    """
 
     graphs: tuple[tuple[int, int], ...]
-    eigsh: Mapping[int, float]
-    dense: Mapping[int, float]
-    rival_tokens: int
+    sites: tuple[tuple[int, int, bool], ...]
+    cap: float
     widths: tuple[int, ...]
     tokens: tuple[int, ...]
-    sketch: int
+    accuracy: tuple[int, int]
     repeats: int
 
 
 FULL = Sizes(
     graphs=((1536, 1024), (4096, 4096), (11008, 4096)),
-    eigsh={4096: 90.0, 11008: 240.0},
-    dense={4096: 90.0},
-    rival_tokens=4096,
+    sites=((4096, 1024, True), (4096, 4096, True), (11008, 1024, False), (11008, 4096, False)),
+    cap=200.0,
     widths=(1536, 4096, 11008, 14336),
     tokens=(1024, 4096, 16384),
-    sketch=2048,
+    accuracy=(2048, 4096),
     repeats=2,
 )
 QUICK = Sizes(
     graphs=((512, 256), (1536, 512)),
-    eigsh={1536: 20.0},
-    dense={1536: 20.0},
-    rival_tokens=512,
+    sites=((1536, 256, True),),
+    cap=20.0,
     widths=(512, 1536),
     tokens=(256, 512),
-    sketch=1024,
+    accuracy=(1024, 512),
     repeats=1,
 )
 
@@ -73,7 +81,7 @@ def measure(quick: bool) -> Measurement:
     _sites(sizes, metrics, samples)
     _accuracy(sizes, metrics)
     _growth(sizes, metrics, samples)
-    metrics["peak_rss_gib"] = psutil.Process().memory_info().rss / 2**30
+    metrics["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     threads = ", ".join(f"{pool['internal_api']} {pool['num_threads']}" for pool in threadpool_info())
     protocol = (*PROTOCOL, f"Threads, for all alike: {threads}.", f"On the CPU: {arrays.choose()[1]}.")
     return Measurement("spectral", protocol, metrics, samples, dict.fromkeys(samples, "s"))
@@ -121,27 +129,26 @@ def _graphs(sizes: Sizes, metrics: dict[str, float], samples: dict[str, dict[str
 
 def _sites(sizes: Sizes, metrics: dict[str, float], samples: dict[str, dict[str, list[float]]]) -> None:
     residuals: list[float] = []
-    for width, cap in sizes.eigsh.items():
-        pair = signals(width, sizes.rival_tokens)
+    for width, tokens, with_dense in sizes.sites:
+        pair = signals(width, tokens)
         contenders: dict[str, Callable[[], float]] = {
-            "cria_dist": lambda pair=pair: seconds(lambda: residuals.append(_site(pair))),
-            "eigsh": lambda pair=pair, cap=cap: rivals.timed("eigsh", pair, NEIGHBOURS, PAIRS, cap),
+            "cria_dist": lambda pair=pair: seconds(lambda: residuals.append(_site(pair)))
         }
-        if width in sizes.dense:
-            limit = sizes.dense[width]
-            contenders["dense"] = lambda pair=pair, limit=limit: rivals.timed("dense", pair, NEIGHBOURS, PAIRS, limit)
-        found = samples[f"site, n={width}, m={sizes.rival_tokens}"] = alternate(contenders, 1, warm_up=0)
+        for rival in ("eigsh", "dense") if with_dense else ("eigsh",):
+            contenders[rival] = lambda pair=pair, rival=rival: rivals.timed(rival, pair, NEIGHBOURS, PAIRS, sizes.cap)
+        found = samples[f"site, n={width}, m={tokens}"] = alternate(contenders, 1, warm_up=0)
+        suffix = "" if tokens == sizes.tokens[0] else f"_m{tokens}"
         for rival in set(found) - {"cria_dist"}:
-            limit = cap if rival == "eigsh" else sizes.dense[width]
-            metrics[f"speedup_vs_{rival}_{width}"] = _ratio(found[rival], found["cria_dist"])
-            metrics[f"speedup_vs_{rival}_{width}_is_bound"] = float(max(found[rival]) >= limit)
+            name = f"speedup_vs_{rival}_{width}{suffix}"
+            metrics[name] = _ratio(found[rival], found["cria_dist"])
+            metrics[f"{name}_is_bound"] = float(max(found[rival]) >= sizes.cap)
     metrics["residual_max"] = max(residuals)
 
 
 def _accuracy(sizes: Sizes, metrics: dict[str, float]) -> None:
     """Node scores against dense ones; the two iterative eigensolvers against each other."""
-    width = sizes.sketch
-    left_edges, right_edges = (_graph(one) for one in signals(width, sizes.rival_tokens))
+    width = sizes.accuracy[0]
+    left_edges, right_edges = (_graph(one) for one in signals(*sizes.accuracy))
     left, right = graphs.laplacian(left_edges, width), graphs.laplacian(right_edges, width)
     values, vectors, _ = pencil.top_eigenpairs(left, right, PAIRS)
     dense_values, dense_vectors = rivals.dense_pairs(left, right, PAIRS)

@@ -51,7 +51,7 @@ def test_mixed_libraries_are_a_type_error():
 
 def test_csr_adds_duplicates(library):
     values, rows, columns = np.asarray([1.0, 2.0, 5.0]), np.asarray([0, 0, 2]), np.asarray([1, 1, 0])
-    matrix = arrays.csr(*(arrays.to_device(part, library) for part in (values, rows, columns)), 3)
+    matrix = arrays.csr(*(arrays.to_device(part, library) for part in (values, rows, columns)), (3, 3))
     np.testing.assert_array_equal(
         arrays.to_numpy(arrays.dense(matrix)), [[0.0, 3.0, 0.0], [0.0, 0.0, 0.0], [5.0, 0.0, 0.0]]
     )
@@ -60,7 +60,7 @@ def test_csr_adds_duplicates(library):
 def test_component_labels(library):
     ends = np.asarray([[0, 3], [3, 4], [1, 5]])
     rows, columns = (arrays.to_device(np.concatenate([ends[:, side], ends[:, 1 - side]]), library) for side in (0, 1))
-    count, labels = arrays.component_labels(arrays.csr(arrays.to_device(np.ones(6), library), rows, columns, 6))
+    count, labels = arrays.component_labels(arrays.csr(arrays.to_device(np.ones(6), library), rows, columns, (6, 6)))
     assert (count, type(count)) == (3, int)
     labels = arrays.to_numpy(labels)
     groups = {tuple(np.flatnonzero(labels == label)) for label in range(3)}

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cria_dist.maths.graphs import nearest_neighbours, union_edges
+from cria_dist.maths.graphs import union_edges
 from cria_dist.maths.importance import lowest, lowest_guarded, mean_over_neighbours
+from cria_dist.maths.neighbours import nearest_neighbours
 
 NO_EDGES = np.empty((0, 2), dtype=np.int32)
 

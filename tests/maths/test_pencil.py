@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cria_dist import arrays
 from cria_dist.errors import NumericError
-from cria_dist.maths import graphs, pencil
+from cria_dist.maths import graphs, neighbours, pencil
 
 
 def laplacian(edges, size):
@@ -30,7 +30,8 @@ def knn_pair(size, seed=0, k=8, observations=40):
     pre = np.random.default_rng(seed).standard_t(4, size=(size, observations))
     post = np.maximum(pre - 0.3, 0)
     return tuple(
-        graphs.connect(signals, graphs.union_edges(graphs.nearest_neighbours(signals, k)))[0] for signals in (pre, post)
+        graphs.connect(signals, graphs.union_edges(neighbours.nearest_neighbours(signals, k)))[0]
+        for signals in (pre, post)
     )
 
 

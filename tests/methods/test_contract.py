@@ -23,6 +23,7 @@ METHODS = [
     Cria(output_weighting="rank"),
     Cria(neighbour_guard=True),
     Cria(dead_first=True),
+    Cria(drop_edges=0.2),
     Cria(spectrum="full", output_weighting="product", neighbour_guard=True, dead_first=True, neighbours=6),
     Random(),
     Magnitude(),

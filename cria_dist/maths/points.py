@@ -1,0 +1,74 @@
+"""Neurons as points: squared distances by matrix products, their error, and exact ones.
+
+Shapes: N neurons, M observations, B neurons of a block, W neurons on the other side, Q pairs of neurons.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+from cria_dist import arrays
+from cria_dist.arrays import Array
+
+NORM_ROWS = 512
+EXACT_VALUES = 100_000  # float64 differences held at a time: they stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Neurons as points.
+
+    Attributes:
+        signals_NM: as given.
+        centred_NM: without their mean over neurons; distances are the same and products lose fewer digits.
+        key_N: squared norms of the centred points, float64; equal for equal rows.
+        norm_N: the same in the precision of the signals.
+        noise: bound of the rounding error of a squared distance, relative to the squared norms of its two points.
+    """
+
+    signals_NM: Array
+    centred_NM: Array
+    key_N: Array
+    norm_N: Array
+    noise: float
+
+    @classmethod
+    def of(cls, signals_NM: Array) -> Self:
+        """Centre and measure; the rounding of a product of M terms grows like sqrt(M) (Higham and Mary, 2019)."""
+        xp = arrays.namespace(signals_NM)
+        centred_NM = signals_NM - xp.mean(signals_NM, axis=0)[None, :]
+        blocks = (centred_NM[piece, :] for piece in arrays.pieces(signals_NM.shape[0], NORM_ROWS))
+        key_N = xp.concat([xp.sum(block * block, axis=1, dtype=xp.float64) for block in blocks])
+        noise = float(xp.finfo(signals_NM.dtype).eps) * max(8.0, math.sqrt(signals_NM.shape[1]) / 2)
+        return cls(signals_NM, centred_NM, key_N, xp.astype(key_N, signals_NM.dtype), noise)
+
+    def squared_distances(self, rows: Array, start: int = 0) -> Array:
+        """Squared distances of some neurons to those from ``start`` on, by a matrix product; rounding may go below 0.
+
+        Args:
+            rows: integer array [B].
+            start: first neuron of the other side.
+        """
+        xp = arrays.namespace(self.norm_N)
+        squared_BW = xp.take(self.centred_NM, rows, axis=0) @ self.centred_NM[start:, :].T
+        squared_BW *= -2
+        squared_BW += self.norm_N[None, start:]
+        squared_BW += xp.take(self.norm_N, rows)[:, None]
+        return squared_BW
+
+    def error(self, squared: Array, rows: Array) -> Array:
+        """Bound of the error of squared distances [B, ...] of some neurons: ``|y|^2 <= 2 |x|^2 + 2 |x - y|^2``."""
+        xp = arrays.namespace(squared)
+        return self.noise * (3 * xp.take(self.norm_N, rows)[:, None] + 2 * xp.abs(squared))
+
+    def exact(self, left_Q: Array, right_Q: Array) -> Array:
+        """Squared distances of pairs by differences in float64 [Q]."""
+        xp = arrays.namespace(self.signals_NM)
+        count = max(1, EXACT_VALUES // self.signals_NM.shape[1])
+        parts = []
+        for piece in arrays.pieces(left_Q.shape[0], count):
+            ends = (xp.take(self.signals_NM, side_Q[piece], axis=0) for side_Q in (left_Q, right_Q))
+            left_CM, right_CM = (xp.astype(end, xp.float64) for end in ends)
+            left_CM -= right_CM
+            parts.append(xp.sum(left_CM * left_CM, axis=1))
+        return xp.concat(parts)
