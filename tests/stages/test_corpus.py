@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cria_dist.config import CorpusConfig, DataConfig
 from cria_dist.errors import ConfigError, DataError
-from cria_dist.stages.corpus import check_overlap, load_tokens, read_documents, tokenize
+from cria_dist.stages.corpus import check_overlap, load_tokens, tokenize
+from cria_dist.stages.sources import read_documents
 
 Part = Literal["all", "first", "second"]
 
@@ -133,7 +134,7 @@ def test_unreachable_hub_set_is_named() -> None:
     script = (
         "from cria_dist.config import CorpusConfig\n"
         "from cria_dist.errors import DataError\n"
-        "from cria_dist.stages.corpus import read_documents\n"
+        "from cria_dist.stages.sources import read_documents\n"
         "try:\n    list(read_documents(CorpusConfig(source='no-such-org/no-such-set')))\n"
         "except DataError as error:\n    print(error)\n"
     )
