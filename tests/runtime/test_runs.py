@@ -54,6 +54,7 @@ def test_two_training_workers_equal_one(run_config: Callable[..., Any], finished
     assert two == pytest.approx(one, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_it_continues_and_decides_the_same(
     run_tree: dict[str, Any], write_toml: Callable[[Path, dict[str, Any]], Path], finished_run: Any, tmp_path: Path
 ) -> None:
