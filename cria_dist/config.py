@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -195,10 +195,6 @@ class RunConfig(Section):
         """Everything that can change a result, as plain data: all but ``run``."""
         return self.model_dump(mode="json", exclude={"run"})
 
-    def with_(self, **changes: Any) -> Self:
-        """A copy with top-level sections replaced (validated again)."""
-        return type(self).model_validate({**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
-
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a TOML file and apply ``dotted.key=value`` overrides.
@@ -254,8 +250,17 @@ def _complaint(detail: dict[str, Any]) -> str:
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "missing":
         return f"missing key {key!r}; set it in the file or as {key}=VALUE"
-    return f"{key}={json.dumps(detail['input'], default=str)}: {message}"
+    remedy = REMEDIES.get(detail["type"], "correct it in the file or as an override")
+    return f"{key}={json.dumps(detail['input'], default=str)}: {message}; {remedy}"
 
+
+REMEDIES = {
+    "less_than": "lower it",
+    "less_than_equal": "lower it",
+    "greater_than": "raise it",
+    "greater_than_equal": "raise it",
+}
+"""What to do about a value out of bounds, by pydantic's type of error."""
 
 METHOD_TAGS = frozenset(str(method.model_fields["name"].default) for method in METHODS)
 """pydantic puts the tag of the union into the location of an error; users never wrote it."""

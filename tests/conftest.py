@@ -194,7 +194,7 @@ class FinishedRun:
         folder = tmp_path / "runs" / self.folder.name
         shutil.copytree(self.folder, folder)
         run = self.config.run.model_copy(update={"root": str(tmp_path / "runs")})
-        return FinishedRun(self.config.with_(run=run), folder)
+        return FinishedRun(self.config.model_copy(update={"run": run}), folder)
 
 
 @pytest.fixture(scope="session")

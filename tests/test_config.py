@@ -153,14 +153,6 @@ def test_a_configuration_cannot_be_changed(toml: Path) -> None:
         load(toml).prune.ratio = 0.9  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_with_replaces_sections_and_checks_again(toml: Path) -> None:
-    config = load(toml)
-    assert config.with_(seed=4).seed == 4
-    assert config.with_(seed=4).prune == config.prune
-    with pytest.raises(ValidationError):
-        config.with_(seed=-4)
-
-
 def test_the_result_part_is_plain_and_leaves_out_where_it_ran(toml: Path) -> None:
     config = load(toml)
     part = config.result_part()

@@ -14,7 +14,7 @@ import pytest
 
 from cria_dist import files, pipeline
 from cria_dist.config import RunConfig
-from cria_dist.errors import ConfigError, DataError, WorkerError
+from cria_dist.errors import ConfigError, WorkerError
 from cria_dist.models import checkpoint
 from cria_dist.pipeline import Context, prune
 from cria_dist.pool import LocalPool
@@ -320,19 +320,15 @@ def test_a_damaged_recording_is_an_error_that_can_be_obeyed(
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty"])
-def test_a_damaged_plan_is_decided_again_or_named(
+def test_a_damaged_plan_is_decided_again(
     damage: str, finished_run: Any, make_context: MakeContext, tmp_path: Path
 ) -> None:
     copy = finished_run.copy(tmp_path)
     clean = contents(copy.folder)
     path = copy.folder / "round-00" / "plan.json"
     path.write_bytes(path.read_bytes()[:90] if damage == "cut" else b"")
-    try:
-        carry_out(make_context, copy.config, "apply")
-    except DataError as error:
-        assert "plan.json" in str(error)  # noqa: PT017  either answer is right
-    else:
-        assert contents(copy.folder) == clean
+    carry_out(make_context, copy.config, "apply")
+    assert contents(copy.folder) == clean
 
 
 # several rounds

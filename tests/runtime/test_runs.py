@@ -43,7 +43,7 @@ def test_plan_does_not_depend_on_the_workers(
 @pytest.mark.usefixtures("session")
 def test_two_training_workers_equal_one(run_config: Callable[..., Any], finished_run: Any, tmp_path: Path) -> None:
     recover = finished_run.config.recover.model_copy(update={"workers": 2})
-    config = run_config(tmp_path).with_(recover=recover)
+    config = run_config(tmp_path).model_copy(update={"recover": recover})
     job = prepare(config)
     pool = RayPool(2)
     prune(Context(job, pool, RayTrainer(2, use_gpu=False), Progress(job.folder)), until="recover")
