@@ -43,16 +43,21 @@ class ModelConfig(Section):
 
 
 class CorpusConfig(Section):
-    """One source of text."""
+    """One source of text or of conversations."""
 
     source: str = "builtin:pydoc"
     """A local ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set name, or ``builtin:pydoc``."""
+    format: Literal["text", "chat"] = "text"
+    """``chat``: the field holds lists of messages (``role`` and ``content``, or ShareGPT's ``from`` and ``value``), and
+    the tokenizer's chat template turns them into text."""
     field: str = "text"
-    """Column of JSONL, Parquet and hub rows that holds the text."""
+    """Column of JSONL, Parquet and hub rows that holds the text or the messages."""
     split: str = "train"
     """Split of a hub data set."""
     subset: str | None = None
     """Configuration name of a hub data set (``wikitext-2-raw-v1``)."""
+    revision: str | None = None
+    """Revision of a hub data set (commit hash); pin it for a reproducible run."""
     part: Literal["all", "first", "second"] = "all"
     """Use all documents, the first or the second half: one source can serve calibration and test without overlap."""
 
@@ -85,6 +90,16 @@ class RecordConfig(Section):
     """Sequences per forward pass."""
     dtype: RecordDtype = "auto"
     """Data type of stored signals; ``auto`` is the model's. float16 that overflows is an error, never silent."""
+    schedule: Literal["auto", "replicate", "sweep", "pipeline", "tensor"] = "auto"
+    """How the model is spread over the workers; ``auto`` decides by size, devices and memory, and prints why."""
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Memory one worker may use, in GB; default: what its device (or its share of the machine) has."""
+    storage: str | None = None
+    """Object store for the recording, ``s3://bucket/prefix``; default: the run folder."""
+
+    def content_part(self) -> dict[str, Any]:
+        """What the content of a recording depends on: not where it lies, nor how the model was spread."""
+        return self.model_dump(exclude={"schedule", "memory_gb", "storage"})
 
 
 class PruneConfig(Section):
@@ -192,8 +207,9 @@ class RunConfig(Section):
         return recover
 
     def result_part(self) -> dict[str, Any]:
-        """Everything that can change a result, as plain data: all but ``run``."""
-        return self.model_dump(mode="json", exclude={"run"})
+        """Everything that can change a result, as plain data: all but ``run`` and where and how is recorded."""
+        tree = self.model_dump(mode="json", exclude={"run"})
+        return {**tree, "record": self.record.content_part()}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -32,9 +32,31 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def to_json(record: object) -> bytes:
+    """Plain data as indented JSON with sorted keys."""
+    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+
+
+def from_json(content: bytes, name: str) -> Any:
+    """Inverse of :func:`to_json`.
+
+    Raises:
+        DataError: the content is damaged; ``name`` says whose.
+    """
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{name} is damaged ({error}); delete it and run the same command again") from error
+
+
+def facts(content: bytes) -> dict[str, object]:
+    """What a commit record says of a file: bytes and sha256."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def write_json(path: Path, record: object) -> None:
     """Write plain data as indented JSON with sorted keys."""
-    write_bytes(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    write_bytes(path, to_json(record))
 
 
 def read_json(path: Path) -> Any:
@@ -44,11 +66,10 @@ def read_json(path: Path) -> Any:
         DataError: the file is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); run the stage that writes it again") from error
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); delete it and run the same command again") from error
+    return from_json(content, str(path))
 
 
 def digest(*parts: object) -> str:

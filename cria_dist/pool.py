@@ -1,12 +1,29 @@
 """Where work items run: a pool maps plain callables over items. ``LocalPool`` is this process."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 from cria_dist.errors import CriaError, WorkerError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Flow(Generic[Item]):
+    """Order among the items of one ``map``; by default there is none.
+
+    Attributes:
+        after: item -> the item that must be finished before it starts.
+        homes: item -> number of the only worker that may run it (what it holds stays there).
+        ranks: processes that make up one worker and run every item together, each with ``RANK``, ``WORLD_SIZE``,
+            ``MASTER_ADDR`` and ``MASTER_PORT`` in its environment.
+    """
+
+    after: Mapping[Item, Item] = field(default_factory=dict[Item, Item])
+    homes: Mapping[Item, int] = field(default_factory=dict[Item, int])
+    ranks: int = 1
 
 
 class Pool(Protocol):
@@ -22,6 +39,7 @@ class Pool(Protocol):
         make_worker: Callable[[], Callable[[Item], Result]],
         items: Sequence[Item],
         workers: int | None = None,
+        flow: Flow[Item] | None = None,
     ) -> Iterator[tuple[Item, Result]]:
         """Build a worker per process with ``make_worker`` and call it on every item.
 
@@ -29,6 +47,7 @@ class Pool(Protocol):
             make_worker: builds the callable in the worker's process; must be picklable, and small.
             items: small picklable items whose ``str`` names them.
             workers: use only that many workers.
+            flow: order among the items; an item comes after the one it depends on in ``items``.
 
         Yields:
             Each item with its result, in completion order.
@@ -53,9 +72,10 @@ class LocalPool:
         make_worker: Callable[[], Callable[[Item], Result]],
         items: Sequence[Item],
         workers: int | None = None,
+        flow: Flow[Item] | None = None,
     ) -> Iterator[tuple[Item, Result]]:
-        """See :meth:`Pool.map`; ``workers`` makes no difference."""
-        del workers
+        """See :meth:`Pool.map`; ``workers`` and ``flow`` make no difference: items are run as they come."""
+        del workers, flow
         if not items:
             return
         worker = make_worker()

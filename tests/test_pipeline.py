@@ -17,11 +17,12 @@ from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, WorkerError
 from cria_dist.models import checkpoint
 from cria_dist.pipeline import Context, prune
-from cria_dist.pool import LocalPool
+from cria_dist.pool import Flow, LocalPool
 from cria_dist.records import PruningPlan, Report, Site, Stage
 from cria_dist.report.writer import report_from_json
 from cria_dist.stages.verify import Verifier
 from cria_dist.store.recording import Recording
+from cria_dist.store.storage import LocalStorage
 
 RunConfigMaker = Callable[..., RunConfig]
 MakeContext = Callable[..., Context]
@@ -41,6 +42,7 @@ class SpyPool(LocalPool):
         make_worker: Callable[[], Callable[[Any], Any]],
         items: Sequence[Any],
         workers: int | None = None,
+        flow: Flow[Any] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
         assert isinstance(make_worker, functools.partial)
         if make_worker.func is Verifier:
@@ -48,7 +50,7 @@ class SpyPool(LocalPool):
                 files.write_json(item.record, {"finding": "not checked"})
                 yield item, "not checked"
             return
-        yield from super().map(functools.partial(self._spied, make_worker), items, workers)
+        yield from super().map(functools.partial(self._spied, make_worker), items, workers, flow)
 
     def _spied(self, make_worker: functools.partial[Any]) -> Callable[[Any], Any]:
         worker = make_worker()
@@ -137,7 +139,7 @@ def test_least_squares_brings_the_outputs_closer(finished_run: Any) -> None:
     """On the calibration tokens of layer 0, whose inputs pruning does not change: that is what it minimises."""
     folder, plan = finished_run.folder, plan_of(finished_run.folder / "pruned")
     digest = json.loads((folder / "round-00" / "manifest.json").read_text())["digest"]
-    output_NM = Recording(folder / "round-00", digest).signals(Site(0))["output"]
+    output_NM = Recording(LocalStorage(folder / "round-00"), digest).signals(Site(0))["output"]
     kept = list(plan.kept[KEYS[0]])
     name = "model.layers.0.mlp.down_proj.weight"
     with checkpoint.open_tensors(Path(finished_run.config.model.path)) as tensors:

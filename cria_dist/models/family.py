@@ -36,13 +36,18 @@ class GatedMlpFamily:
     model_type: str
     mlp_bias_key: str | None = None
 
+    @property
+    def layers(self) -> str:
+        """Module name of the list of decoder layers."""
+        return "model.layers"
+
     def widths(self, config: ModelDict) -> dict[Site, int]:
         """Units per site: the MLP neurons of every layer."""
         return {Site(layer): int(config["intermediate_size"]) for layer in range(int(config["num_hidden_layers"]))}
 
     def modules(self, site: Site) -> SiteModules:
         """Where the site's signals are observed."""
-        prefix = f"model.layers.{site.layer}.mlp"
+        prefix = f"{self.layers}.{site.layer}.mlp"
         return SiteModules({"gate": f"{prefix}.gate_proj", "up": f"{prefix}.up_proj"}, f"{prefix}.down_proj")
 
     def has_bias(self, config: ModelDict) -> bool:
@@ -96,6 +101,8 @@ class GatedMlpFamily:
 FAMILIES = {
     family.model_type: family
     for family in (
+        GatedMlpFamily("gemma2"),
+        GatedMlpFamily("gemma3_text"),
         GatedMlpFamily("llama", mlp_bias_key="mlp_bias"),
         GatedMlpFamily("mistral"),
         GatedMlpFamily("qwen2"),

@@ -11,12 +11,12 @@ from cria_dist.maths.allocation import width_after_round
 from cria_dist.methods import Method
 from cria_dist.models import checkpoint, surgery
 from cria_dist.pipeline.context import Context
+from cria_dist.pipeline.recording import record_model
 from cria_dist.records import PruningPlan
-from cria_dist.stages import analyse, decide, record, repair
+from cria_dist.stages import analyse, decide, repair
 from cria_dist.stages.decide import Accounts
-from cria_dist.stages.estimate import num_shards, signal_dtype
 from cria_dist.store import site_scores
-from cria_dist.store.recording import Recording, adopt
+from cria_dist.store.recording import Recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,41 +46,8 @@ def round_folder(context: Context, index: int) -> Path:
 
 def record_round(context: Context, index: int, model: Model) -> Recording:
     """Observe the model on the calibration text, or take over what was observed before."""
-    job, config = context.job, context.job.config
-    shards = num_shards(config)
-    digest = files.digest(
-        "record",
-        model.digest,
-        job.digests["calibration_tokens"],
-        config.record.model_dump(),
-        [job.numerics.dtype, job.numerics.matmul, config.seed],
-    )
-    recording = Recording(round_folder(context, index), digest)
-    name = f"record round {index + 1}" if config.prune.rounds > 1 else "record"
-    if recording.is_complete():
-        context.progress.note(f"{name}: complete, {shards} shards")
-        return recording
-    source = adopt(recording, job.folder.parent)
-    if source is not None:
-        context.progress.note(f"{name}: taken over from {source.relative_to(job.folder.parent)} (same model and text)")
-        return recording
-    task = record.RecordTask(
-        recording=recording,
-        model_dir=model.directory,
-        tokens_path=job.calibration_path,
-        numerics=job.numerics,
-        signal_dtype=signal_dtype(config),
-        shard_sequences=config.record.shard_sequences,
-        batch_sequences=config.record.batch_sequences,
-        sampled_tokens=config.record.tokens,
-        seed=config.seed,
-    )
-    missing = [shard for shard in range(shards) if not recording.is_committed(shard)]
-    if 0 < len(missing) < shards:
-        context.progress.note(f"{name}: {shards - len(missing)} of {shards} shards were recorded before")
-    context.map((name, "shards"), functools.partial(record.Recorder, task), missing, tokens=lambda done: done.tokens)
-    recording.write_manifest(shards)
-    return recording
+    name = f"record round {index + 1}" if context.job.config.prune.rounds > 1 else "record"
+    return record_model(context, name, round_folder(context, index), model.directory, model.digest)
 
 
 def analyse_sites(context: Context, name: str, folder: Path, recording: Recording, model: Model, method: Method) -> str:

@@ -15,7 +15,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from cria_dist.errors import WorkerError
-from cria_dist.pool import as_worker_error
+from cria_dist.pool import Flow, as_worker_error
 
 log = logging.getLogger(__name__)
 
@@ -105,9 +105,14 @@ class RayPool:
         return f"{self._workers} Ray worker{'s' if self._workers != 1 else ''}{devices}"
 
     def map(
-        self, make_worker: Callable[[], Callable[[Item], Result]], items: Sequence[Item], workers: int | None = None
+        self,
+        make_worker: Callable[[], Callable[[Item], Result]],
+        items: Sequence[Item],
+        workers: int | None = None,
+        flow: Flow[Item] | None = None,
     ) -> Iterator[tuple[Item, Result]]:
         """See :meth:`cria_dist.pool.Pool.map`."""
+        del flow
         self._stage += 1
         if self._gpus:
             self.release()  # torch and CuPy keep separate memory pools; a new stage gets an empty GPU

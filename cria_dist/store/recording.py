@@ -1,7 +1,11 @@
-"""The recording of one round: shard files, their commit records, the manifest that readers trust."""
+"""The recording of one round: shard files, their commit records, the manifest that readers trust.
+
+Every (site, shard) is committed on its own, so that a run may go on with another schedule than it began with.
+Shapes: N units, M sampled tokens.
+"""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,19 @@ from cria_dist import files
 from cria_dist.errors import DataError
 from cria_dist.records import ActivationShard, Moments, Site
 from cria_dist.store import activations, moments
+from cria_dist.store.storage import LocalStorage, Storage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MANIFEST = "manifest.json"
+FOLDERS = ("activations", "moments")
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Units ``start`` to ``stop - 1`` of a site: all of them, or those of one tensor-parallel rank."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,60 +36,59 @@ class Recording:
     """Where the recording of one round lies and what it is a recording of.
 
     Attributes:
-        folder: round folder; holds ``activations/``, ``moments/`` and ``manifest.json``.
+        storage: holds ``activations/``, ``moments/``, ``commits/`` and ``manifest.json``.
         digest: digest of everything the content depends on (weights, tokens, record settings, seed).
     """
 
-    folder: Path
+    storage: Storage
     digest: str
 
-    def signal_path(self, site: Site, shard: int) -> Path:
-        """Parquet file of one (site, shard)."""
-        return self.folder / "activations" / site.key / f"shard-{shard:05d}.parquet"
+    def write_signals(self, site: Site, shard: int, units: Slice, table: activations.SignalTable) -> dict[str, object]:
+        """Store the signals of one (site, shard); returns rows, bytes and sha256 for the commit record."""
+        content = activations.encode(table, site.key)
+        self.storage.write(_file("activations", site, shard, units, "parquet"), content)
+        return {"rows": table.rows, **files.facts(content)}
 
-    def moments_path(self, site: Site, shard: int) -> Path:
-        """Moments of one (site, shard)."""
-        return self.folder / "moments" / site.key / f"shard-{shard:05d}.safetensors"
+    def write_moments(
+        self, site: Site, shard: int, units: Slice, sums: tuple[int, np.ndarray, np.ndarray]
+    ) -> dict[str, object]:
+        """Store count, total [units] and Gram rows [units, N] of one (site, shard); returns bytes and sha256."""
+        content = moments.encode(*sums)
+        self.storage.write(_file("moments", site, shard, units, "safetensors"), content)
+        return files.facts(content)
 
-    def commit_path(self, shard: int) -> Path:
-        """Commit record of one shard; exists only when all its files do."""
-        return self.folder / "activations" / "commits" / f"shard-{shard:05d}.json"
+    def commit(self, site: Site, shard: int, width: int, dtype: str, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Declare a (site, shard) finished; ``parts`` cover the units in order, one per slice."""
+        record = {"digest": self.digest, "width": width, "dtype": dtype, "parts": list(parts)}
+        self.storage.write(_commit(site, shard), files.to_json(record))
 
-    @property
-    def manifest_path(self) -> Path:
-        """The manifest, written last."""
-        return self.folder / "manifest.json"
+    def committed(self) -> set[tuple[Site, int]]:
+        """Every (site, shard) finished by a run with the same digest whose files still have their sizes."""
+        sizes = self._sizes()
+        found: set[tuple[Site, int]] = set()
+        for name in self.storage.sizes("commits"):
+            _, key, file = name.split("/")
+            site, shard = Site.from_key(key), int(file.removesuffix(".json").removeprefix("shard-"))
+            record = self._read(name)
+            if record.get("digest") == self.digest and _is_whole(site, shard, record, sizes):
+                found.add((site, shard))
+        return found
 
-    def commit(self, shard: int, sites: Mapping[str, Any], dtype: str) -> None:
-        """Declare a shard finished."""
-        record = {"digest": self.digest, "shard": shard, "dtype": dtype, "sites": dict(sites)}
-        files.write_json(self.commit_path(shard), record)
-
-    def is_committed(self, shard: int) -> bool:
-        """Whether the shard was finished by a run with the same digest and its files are still whole in size."""
-        path = self.commit_path(shard)
-        if not path.is_file():
-            return False
-        record = files.read_json(path)
-        return record["digest"] == self.digest and all(
-            _has_size(self.signal_path(Site.from_key(key), shard), facts["signals"]["bytes"])
-            and _has_size(self.moments_path(Site.from_key(key), shard), facts["moments"]["bytes"])
-            for key, facts in record["sites"].items()
-        )
-
-    def write_manifest(self, shards: int) -> None:
-        """Merge the commit records of all shards, in order, into the manifest."""
-        commits = [files.read_json(self.commit_path(shard)) for shard in range(shards)]
-        record = {"schema": SCHEMA_VERSION, "digest": self.digest, "shards": commits}
-        files.write_json(self.manifest_path, record)
+    def write_manifest(self, sites: Iterable[Site], shards: int) -> None:
+        """Merge the commit records, in order, into the manifest."""
+        commits = {site.key: [self._read(_commit(site, shard)) for shard in range(shards)] for site in sorted(sites)}
+        record = {"schema": SCHEMA_VERSION, "digest": self.digest, "sites": commits}
+        self.storage.write(MANIFEST, files.to_json(record))
 
     def is_complete(self) -> bool:
         """Whether a manifest of the same digest is there and every file it names has its size."""
-        if not self.manifest_path.is_file():
+        if MANIFEST not in self.storage.sizes(""):
             return False
-        manifest = self.manifest()
+        manifest, sizes = self.manifest(), self._sizes()
         return manifest["digest"] == self.digest and all(
-            self.is_committed(commit["shard"]) for commit in manifest["shards"]
+            _is_whole(Site.from_key(key), shard, commit, sizes)
+            for key, commits in manifest["sites"].items()
+            for shard, commit in enumerate(commits)
         )
 
     def manifest(self) -> dict[str, Any]:
@@ -83,46 +97,91 @@ class Recording:
         Raises:
             DataError: missing, damaged, or of another schema version.
         """
-        manifest: Any = files.read_json(self.manifest_path)
-        schema = manifest.get("schema") if isinstance(manifest, dict) else None
-        if schema != SCHEMA_VERSION:
+        manifest = self._read(MANIFEST)
+        if manifest.get("schema") != SCHEMA_VERSION:
             raise DataError(
-                f"{self.manifest_path} has schema {schema}, this version reads {SCHEMA_VERSION}; "
-                "record into another folder"
+                f"{self.storage.where(MANIFEST)} has schema {manifest.get('schema')}, this version reads "
+                f"{SCHEMA_VERSION}; record into another folder"
             )
         return manifest
 
     def signals(self, site: Site) -> dict[str, np.ndarray]:
         """All sampled tokens of a site, float32 [N, M] by signal name, in token order."""
-        parts: dict[str, list[np.ndarray]] = {}
-        for commit in self.manifest()["shards"]:
-            facts = commit["sites"][site.key]["signals"]
-            pointer = ActivationShard(
-                site,
-                commit["shard"],
-                str(self.signal_path(site, commit["shard"])),
-                facts["rows"],
-                facts["width"],
-                commit["dtype"],
-            )
-            for name, signal_TN in activations.read_shard(pointer, facts["sha256"]).items():
-                parts.setdefault(name, []).append(signal_TN)
-        return {name: np.ascontiguousarray(np.concatenate(blocks).T) for name, blocks in parts.items()}
+        commits = self._commits(site)
+        width, tokens = commits[0]["width"], sum(commit["parts"][0]["signals"]["rows"] for commit in commits)
+        whole: dict[str, np.ndarray] = {}
+        first = 0
+        for shard, commit in enumerate(commits):
+            for part in commit["parts"]:
+                units, rows = Slice(part["start"], part["stop"]), part["signals"]["rows"]
+                name = _file("activations", site, shard, units, "parquet")
+                pointer = ActivationShard(
+                    site, shard, self.storage.where(name), rows, units.stop - units.start, commit["dtype"]
+                )
+                content = self.storage.read(name)
+                for signal, tiles in activations.decode(content, pointer, part["signals"]["sha256"]).items():
+                    target_NM = whole.setdefault(signal, np.empty((width, tokens), dtype=np.float32))
+                    for start, words_TN in tiles:
+                        at = units.start + start
+                        activations.to_float32(
+                            words_TN, commit["dtype"], target_NM[at : at + words_TN.shape[1], first : first + rows].T
+                        )
+            first += commit["parts"][0]["signals"]["rows"]
+        return whole
 
     def moments(self, site: Site) -> Moments:
-        """Moments of a site over all calibration tokens."""
-        return moments.read_moments(
-            [
-                (self.moments_path(site, commit["shard"]), commit["sites"][site.key]["moments"]["sha256"])
-                for commit in self.manifest()["shards"]
-            ]
-        )
+        """Moments of a site over all calibration tokens: float64 sums over shards in their order."""
+        commits = self._commits(site)
+        width = commits[0]["width"]
+        total_N, gram_NN, count = np.zeros(width), np.zeros((width, width)), 0
+        for shard, commit in enumerate(commits):
+            for part in commit["parts"]:
+                units = Slice(part["start"], part["stop"])
+                name = _file("moments", site, shard, units, "safetensors")
+                sums = moments.decode(self.storage.read(name), self.storage.where(name), part["moments"]["sha256"])
+                total_N[units.start : units.stop] += sums[1]
+                gram_NN[units.start : units.stop] += sums[2]
+            count += sums[0]
+        return Moments(count, total_N, gram_NN)
+
+    def _commits(self, site: Site) -> list[dict[str, Any]]:
+        return self.manifest()["sites"][site.key]
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: size for folder in FOLDERS for name, size in self.storage.sizes(folder).items()}
+
+    def _read(self, name: str) -> dict[str, Any]:
+        record = files.from_json(self.storage.read(name), self.storage.where(name))
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{self.storage.where(name)} is not a record of ours; delete it and run the same command again"
+            )
+        return record
+
+
+def _file(folder: str, site: Site, shard: int, units: Slice, suffix: str) -> str:
+    return f"{folder}/{site.key}/shard-{shard:05d}.units-{units.start:05d}-{units.stop:05d}.{suffix}"
+
+
+def _commit(site: Site, shard: int) -> str:
+    return f"commits/{site.key}/shard-{shard:05d}.json"
+
+
+def _is_whole(site: Site, shard: int, record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+    for part in record["parts"]:
+        units = Slice(part["start"], part["stop"])
+        signals = _file("activations", site, shard, units, "parquet")
+        sums = _file("moments", site, shard, units, "safetensors")
+        if sizes.get(signals) != part["signals"]["bytes"] or sizes.get(sums) != part["moments"]["bytes"]:
+            return False
+    return True
 
 
 def adopt(recording: Recording, root: Path) -> Path | None:
     """Take over a complete recording with the same digest from a neighbouring run (hard links, no bytes copied).
 
-    A run that differs only in ratio, method or recovery has the same recording.
+    A run that differs only in ratio, method or recovery has the same recording. In an object store recordings are
+    named by their digest, so runs share them without this.
 
     Args:
         recording: the recording wanted.
@@ -131,18 +190,20 @@ def adopt(recording: Recording, root: Path) -> Path | None:
     Returns:
         The folder it was taken from, or None if there is no such recording.
     """
-    for manifest in sorted(root.glob("*/round-*/manifest.json")):
-        other = Recording(manifest.parent, recording.digest)
-        if manifest.parent == recording.folder or not _is_whole(other):
+    if not isinstance(recording.storage, LocalStorage):
+        return None
+    folder = recording.storage.folder
+    for manifest in sorted(root.glob(f"*/round-*/{MANIFEST}")):
+        if manifest.parent == folder or not _is_complete(Recording(LocalStorage(manifest.parent), recording.digest)):
             continue
-        for part in ("activations", "moments"):
-            shutil.copytree(other.folder / part, recording.folder / part, copy_function=_link, dirs_exist_ok=True)
-        _link(str(manifest), str(recording.manifest_path))
-        return other.folder
+        for part in (*FOLDERS, "commits"):
+            shutil.copytree(manifest.parent / part, folder / part, copy_function=_link, dirs_exist_ok=True)
+        _link(str(manifest), str(folder / MANIFEST))
+        return manifest.parent
     return None
 
 
-def _is_whole(recording: Recording) -> bool:
+def _is_complete(recording: Recording) -> bool:
     """A neighbour's damage is not ours to complain of."""
     try:
         return recording.is_complete()
@@ -153,7 +214,3 @@ def _is_whole(recording: Recording) -> bool:
 def _link(source: str, target: str) -> None:
     Path(target).unlink(missing_ok=True)
     Path(target).hardlink_to(source)
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size

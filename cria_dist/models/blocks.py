@@ -1,0 +1,154 @@
+"""A contiguous block of decoder layers, run by the model's own forward pass.
+
+The layers outside the block are stand-ins that hand the hidden state through, so masks, position embeddings and every
+per-layer argument come from the model's own code (sliding windows, hybrid layer types), and only the block's weights
+are in memory. A whole model is one block; its hidden states are bit-equal to those of its parts run in turn.
+"""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from cria_dist.errors import DataError
+from cria_dist.models import checkpoint
+from cria_dist.models.family import GatedMlpFamily
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Block:
+    """Decoder layers ``first`` to ``stop - 1`` of ``total``."""
+
+    first: int
+    stop: int
+    total: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the block starts from token ids."""
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no block follows."""
+        return self.stop == self.total
+
+    def __str__(self) -> str:
+        """As in messages and logs."""
+        return f"layers {self.first}-{self.stop - 1}"
+
+
+def partition(total: int, count: int) -> tuple[Block, ...]:
+    """``count`` blocks of nearly equal length; the first ones are longer by at most one layer."""
+    bounds = [total * index // count for index in range(count + 1)]
+    return tuple(Block(first, stop, total) for first, stop in itertools.pairwise(bounds))
+
+
+class BlockModel:
+    """The decoder of a checkpoint with the weights of one block.
+
+    Args:
+        directory: the checkpoint.
+        numerics: how it computes.
+        family: its adapter.
+        block: the layers to load.
+    """
+
+    def __init__(self, directory: Path, numerics: checkpoint.Numerics, family: GatedMlpFamily, block: Block) -> None:
+        torch.set_float32_matmul_precision(numerics.matmul)
+        self.block = block
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._whole = _skeleton(directory, numerics)
+        self._decoder = cast("PreTrainedModel", getattr(self._whole, self._whole.base_model_prefix))
+        layers = cast(torch.nn.ModuleList, self._whole.get_submodule(family.layers))
+        self._set_apart(layers, family)
+        self._hidden: torch.Tensor | None = None
+        layers[block.first].register_forward_pre_hook(self._enter, with_kwargs=True)
+        layers[block.stop - 1].register_forward_hook(self._leave)
+        self._load(directory, getattr(torch, numerics.dtype))
+
+    def module(self, name: str) -> torch.nn.Module:
+        """A submodule of a layer in the block, by its name in the whole model."""
+        return self._whole.get_submodule(name)
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """Run the block.
+
+        Args:
+            values: token ids [S, T] for the first block, the hidden states [S, T, D] before the block for the others.
+
+        Returns:
+            Hidden states after the block's last layer (before the final norm), [S, T, D].
+        """
+        values = values.to(self.device)
+        with torch.inference_mode():
+            if self.block.is_first:
+                self._decoder(input_ids=values.to(torch.int64), use_cache=False)
+            else:
+                self._hidden = values
+                self._decoder(inputs_embeds=values, use_cache=False)
+        result, self._hidden = cast(torch.Tensor, self._hidden), None
+        return result
+
+    def _set_apart(self, layers: torch.nn.ModuleList, family: GatedMlpFamily) -> None:
+        """Put stand-ins where other blocks' layers were."""
+        for index, layer in enumerate(layers):
+            if not self.block.first <= index < self.block.stop:
+                layers[index] = _StandIn(layer)
+        if not self.block.is_first:
+            self._decoder.set_input_embeddings(torch.nn.Identity())
+
+    def _enter(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.block.is_first:
+            return None  # the embeddings are already there
+        if args:
+            return (self._hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._hidden}
+
+    def _leave(self, _module: torch.nn.Module, _args: object, output: Any) -> None:
+        self._hidden = output[0] if isinstance(output, tuple) else output
+
+    def _load(self, directory: Path, dtype: torch.dtype) -> None:
+        decoder = f"{self._whole.base_model_prefix}."
+        with checkpoint.open_tensors(directory) as tensors:
+            for name, parameter in list(self._whole.named_parameters()):
+                if name.startswith(decoder):  # the head is not needed to observe neurons
+                    # a copy: what safetensors hands out keeps the whole file mapped
+                    values = tensors.read(name).to(self.device, dtype, copy=True)
+                    if values.shape != parameter.shape:
+                        raise DataError(
+                            f"checkpoint {directory}: {name} has shape {tuple(values.shape)}, config.json says "
+                            f"{tuple(parameter.shape)}; is config.json of another model?"
+                        )
+                    parent, _, leaf = name.rpartition(".")
+                    setattr(self._whole.get_submodule(parent), leaf, torch.nn.Parameter(values, requires_grad=False))
+        for name, buffer in list(self._decoder.named_buffers()):
+            parent, _, leaf = name.rpartition(".")
+            self._decoder.get_submodule(parent)._buffers[leaf] = buffer.to(self.device)
+
+
+class _StandIn(torch.nn.Module):
+    """Hands the hidden state through in place of a layer of another block; other attributes are the layer's."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer  # not a submodule: its weights stay on the meta device
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
+        """The identity."""
+        return hidden_states
+
+
+def _skeleton(directory: Path, numerics: checkpoint.Numerics) -> PreTrainedModel:
+    """The whole architecture with weights on the meta device and real buffers (rotary frequencies are computed)."""
+    config = AutoConfig.for_model(**checkpoint.read_config(directory))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, numerics.dtype), trust_remote_code=False)
+    return model.eval()

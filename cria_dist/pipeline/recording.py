@@ -1,0 +1,72 @@
+"""The record step of a round: take over, resume or observe, under a schedule that fits the machine."""
+
+import functools
+from pathlib import Path
+
+from cria_dist import files
+from cria_dist.models import checkpoint
+from cria_dist.pipeline.context import Context
+from cria_dist.stages import boundary, record, schedule
+from cria_dist.stages.estimate import num_shards, signal_dtype
+from cria_dist.store.recording import Recording, adopt
+from cria_dist.store.storage import LocalStorage, ObjectStorage
+
+
+def record_model(context: Context, name: str, folder: Path, model_dir: Path, model_digest: str) -> Recording:
+    """Observe a model on the calibration text, or take over what was observed before.
+
+    Args:
+        context: the run.
+        name: name of the stage.
+        folder: round folder; the recording lies there unless ``record.storage`` names an object store.
+        model_dir: checkpoint to observe.
+        model_digest: digest of its weights.
+    """
+    job, config = context.job, context.job.config
+    shards = num_shards(config)
+    digest = files.digest(
+        "record",
+        model_digest,
+        job.digests["calibration_tokens"],
+        config.record.content_part(),
+        [job.numerics.dtype, job.numerics.matmul, config.seed],
+    )
+    url = config.record.storage
+    storage = LocalStorage(folder) if url is None else ObjectStorage(f"{url.rstrip('/')}/recording-{digest[:16]}")
+    recording = Recording(storage, digest)
+    if recording.is_complete():
+        context.progress.note(f"{name}: complete, {shards} shards")
+        return recording
+    source = adopt(recording, job.folder.parent)
+    if source is not None:
+        context.progress.note(f"{name}: taken over from {source.relative_to(job.folder.parent)} (same model and text)")
+        return recording
+    _observe(context, name, recording, model_dir)
+    recording.write_manifest(job.widths, shards)
+    for layer, shard in boundary.stored(recording):
+        boundary.delete(recording, layer, shard)
+    return recording
+
+
+def _observe(context: Context, name: str, recording: Recording, model_dir: Path) -> None:
+    job, config = context.job, context.job.config
+    task = record.RecordTask(
+        recording=recording,
+        model_dir=model_dir,
+        tokens_path=job.calibration_path,
+        numerics=job.numerics,
+        signal_dtype=signal_dtype(config),
+        shard_sequences=config.record.shard_sequences,
+        batch_sequences=config.record.batch_sequences,
+        sampled_tokens=config.record.tokens,
+        seed=config.seed,
+    )
+    chosen = schedule.choose(config, checkpoint.read_config(model_dir), context.pool)
+    context.progress.note(f"{name}: {chosen.kind}, {chosen.reason}")
+    shards = num_shards(config)
+    items = schedule.pending(chosen, shards, recording.committed(), boundary.stored(recording))
+    total = shards * len(chosen.blocks)
+    if 0 < len(items) < total:
+        context.progress.note(f"{name}: {total - len(items)} of {total} shards were recorded before")
+    make = functools.partial(record.Recorder, task)
+    context.map((name, "shards"), make, items, tokens=lambda done: done.tokens, flow=schedule.flow(chosen, items))
