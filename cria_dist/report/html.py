@@ -18,6 +18,8 @@ CAPTIONS = {
     "kept first; dead units have no score and are counted at the right.",
     "spectra": "Generalised eigenvalues in descending order. A steep start means that few directions carry the "
     "difference between what the layer reads and what it writes.",
+    "residuals": "How exactly the eigenpairs behind the scores solve the pencil, |L_X v - zeta L_Y v| over "
+    "|L_X v| + zeta |L_Y v|, the worst pair of each layer. A layer above the engine's tolerance stops the run.",
     "loss": "Training loss while the pruned model was fine-tuned.",
     "stages": "Time of the stages in the invocation that computed them.",
 }

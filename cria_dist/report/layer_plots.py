@@ -11,7 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from cria_dist.records import SiteEvidence
 from cria_dist.report import ridges, text
@@ -63,6 +63,26 @@ def spectra(evidence: Sequence[SiteEvidence]) -> Figure | None:
     bar.locator = MaxNLocator(8, integer=True)
     bar.formatter = FuncFormatter(lambda place, _: _name(evidence, round(place)))
     bar.update_ticks()
+    return figure
+
+
+def residuals(evidence: Sequence[SiteEvidence]) -> Figure | None:
+    """Relative residual of the eigenpairs of every site that has a spectrum."""
+    shown = [(place, one.scores.spectrum) for place, one in enumerate(evidence) if one.scores.spectrum is not None]
+    if not shown:
+        return None
+    figure, axes = canvas(2.8)
+    residual_L = np.array([max(spectrum.residual, np.finfo(np.float64).eps) for _, spectrum in shown])
+    low, high = 10.0 ** (np.floor(np.log10(residual_L.min())) - 1), 10.0 ** np.ceil(np.log10(residual_L.max()))
+    axes.vlines([place for place, _ in shown], low, residual_L, color=KEPT, alpha=0.35, linewidth=2)
+    axes.plot([place for place, _ in shown], residual_L, "o", color=KEPT, markersize=5)
+    axes.set_yscale("log")
+    axes.set_title(f"Residual of the eigenpairs in each layer (largest {residual_L.max():.1e})")
+    _layer_ticks(axes, evidence)
+    axes.set(ylabel="relative residual", xlim=(-0.6, len(evidence) - 0.4), ylim=(low, high))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=False, axis="x")
     return figure
 
 

@@ -14,7 +14,7 @@ from cria_dist.records import Report, SiteEvidence
 from cria_dist.report import text
 from cria_dist.report.canvas import COLOURS, KEPT, STYLE, canvas, plain_log_ticks
 from cria_dist.report.grids import contenders, variant
-from cria_dist.report.layer_plots import kept_widths, scores, spectra
+from cria_dist.report.layer_plots import kept_widths, residuals, scores, spectra
 
 
 def draw_all(report: Report, evidence: Sequence[SiteEvidence], folder: Path) -> tuple[Path, ...]:
@@ -28,6 +28,7 @@ def draw_all(report: Report, evidence: Sequence[SiteEvidence], folder: Path) -> 
             "kept_widths": kept_widths(ordered),
             "scores": scores(ordered),
             "spectra": spectra(ordered),
+            "residuals": residuals(ordered),
             "loss": loss(report.loss),
             "stages": stages(report),
         }

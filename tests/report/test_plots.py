@@ -12,7 +12,7 @@ from cria_dist.errors import DataError
 from cria_dist.records import Report, Scores, Site, SiteEvidence
 from cria_dist.report import layer_plots, plots, ridges
 
-ALL = {"perplexity", "kept_widths", "scores", "spectra", "loss", "stages"}
+ALL = {"perplexity", "kept_widths", "scores", "spectra", "residuals", "loss", "stages"}
 
 
 def site(keep: Sequence[float], kept: Sequence[int], layer: int = 0) -> SiteEvidence:
@@ -60,6 +60,16 @@ def test_kept_widths_are_the_bars(evidence: tuple[SiteEvidence, ...]) -> None:
     assert figure is not None
     heights = [round(bar.get_height()) for bar in figure.axes[0].containers[0]]
     assert heights == [len(one.kept) for one in evidence]
+
+
+def test_residuals_are_one_mark_per_layer_at_their_value(evidence: tuple[SiteEvidence, ...]) -> None:
+    figure = layer_plots.residuals(evidence)
+    assert figure is not None
+    marks = figure.axes[0].lines[0].get_xydata()
+    expected = [one.scores.spectrum.residual for one in evidence if one.scores.spectrum is not None]
+    assert np.allclose(np.asarray(marks)[:, 1], expected)
+    assert f"{max(expected):.1e}" in figure.axes[0].get_title()
+    assert layer_plots.residuals([site([1.0, 2.0], [1])]) is None
 
 
 def test_spectra_have_one_line_per_layer(evidence: tuple[SiteEvidence, ...]) -> None:

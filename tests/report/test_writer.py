@@ -105,7 +105,7 @@ def test_page_needs_nothing_else(page: Page) -> None:
     assert "script" not in page.tags
     assert "link" not in page.tags
     sources = [value for _, name, value in page.attributes if name in {"src", "href"}]
-    assert len(sources) == 6
+    assert len(sources) == 7
     for source in sources:
         kind, data = source.split(",", 1)
         assert kind == "data:image/png;base64"
