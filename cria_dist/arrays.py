@@ -45,12 +45,19 @@ def to_device(x: Array, library: Library) -> Array:
 
 def to_numpy(x: Array) -> Any:
     """Bring an array back to NumPy."""
-    return x.get() if array_api_compat.is_cupy_array(x) else np.asarray(x)
+    if array_api_compat.is_cupy_array(x):
+        return x.get()
+    return np.from_dlpack(x) if _neither(x) else np.asarray(x)
 
 
 def namespace(*arrays: Array) -> Any:
     """The array-API namespace of the arguments (mixed libraries are a TypeError)."""
     return array_api_compat.array_namespace(*arrays)
+
+
+def _neither(x: Array) -> bool:
+    """Whether it is of some other library of the array API: what that API lacks is then done by NumPy."""
+    return hasattr(x, "__array_namespace__") and not array_api_compat.is_numpy_array(x)
 
 
 def _on_gpu(x: Array) -> bool:
@@ -66,15 +73,33 @@ def pieces(size: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
 
 
+def values_at_a_time(x: Array) -> int:
+    """How many float64 values of scratch suit the machine: a core's cache, or enough to keep a device busy."""
+    return 2**26 if _on_gpu(x) else 100_000
+
+
+def totals(values_Q: Array, places_Q: Array, size: int) -> Array:
+    """Sum of the values that fall on each of ``size`` places, float64."""
+    xp = namespace(values_Q)
+    if _on_gpu(values_Q):
+        return xp.bincount(places_Q, weights=values_Q, minlength=size)
+    return xp.asarray(np.bincount(to_numpy(places_Q), weights=to_numpy(values_Q), minlength=size))
+
+
 def csr(data: Array, rows: Array, columns: Array, shape: tuple[int, int]) -> Sparse:
     """CSR matrix from coordinates; duplicates are added."""
     module = _cupyx("sparse") if _on_gpu(data) else scipy.sparse
     return module.csr_matrix((data, (rows, columns)), shape=shape)
 
 
-def dense(matrix: Sparse) -> Array:
-    """The sparse matrix as a dense array."""
-    return matrix.toarray()
+def dense(matrix: Sparse | Array) -> Array:
+    """A sparse matrix as a dense array; a copy if it is dense."""
+    return matrix.toarray() if hasattr(matrix, "toarray") else namespace(matrix).asarray(matrix, copy=True)
+
+
+def diagonal(matrix: Sparse | Array) -> Array:
+    """The diagonal of a sparse or dense matrix."""
+    return matrix.diagonal() if hasattr(matrix, "toarray") else namespace(matrix).linalg.diagonal(matrix)
 
 
 def component_labels(matrix: Sparse) -> tuple[int, Array]:
@@ -95,16 +120,31 @@ def smallest_spanning_tree(weights_E: Array, edges_E2: Array, size: int) -> Arra
 
 def solve_lower(factor_NN: Array, right_NM: Array, transposed: bool = False) -> Array:
     """Solve ``L X = B`` (or ``L^T X = B``) with a lower triangular factor."""
-    module = _cupyx("linalg") if _on_gpu(factor_NN) else scipy.linalg
-    return module.solve_triangular(factor_NN, right_NM, lower=True, trans=1 if transposed else 0)
+    trans = 1 if transposed else 0
+    if _on_gpu(factor_NN):
+        return _cupyx("linalg").solve_triangular(factor_NN, right_NM, lower=True, trans=trans)
+    solved = scipy.linalg.solve_triangular(to_numpy(factor_NN), to_numpy(right_NM), lower=True, trans=trans)
+    return namespace(factor_NN).asarray(solved)
 
 
 def top_eigenpairs(symmetric_NN: Array, count: int) -> tuple[Array, Array]:
     """The ``count`` largest eigenvalues (descending) and orthonormal eigenvectors of a dense symmetric matrix."""
+    xp, size = namespace(symmetric_NN), symmetric_NN.shape[0]
+    found = _some_eigenpairs(symmetric_NN, count) if array_api_compat.is_numpy_array(symmetric_NN) else None
+    if found is None:
+        values, vectors = xp.linalg.eigh(symmetric_NN)
+        found = values[size - count :], vectors[:, size - count :]
+    return xp.flip(found[0]), xp.flip(found[1], axis=1)
+
+
+def _some_eigenpairs(symmetric_NN: Array, count: int) -> tuple[Array, Array] | None:
+    """The ``count`` largest, ascending, or nothing.
+
+    Among many equal eigenvalues LAPACK's driver for a few of them loses some or stops with an internal error.
+    """
     size = symmetric_NN.shape[0]
-    if _on_gpu(symmetric_NN):
-        values, vectors = namespace(symmetric_NN).linalg.eigh(symmetric_NN)
-        values, vectors = values[size - count :], vectors[:, size - count :]
-    else:
+    try:
         values, vectors = scipy.linalg.eigh(symmetric_NN, subset_by_index=(size - count, size - 1), driver="evr")
-    return values[::-1], vectors[:, ::-1]
+    except np.linalg.LinAlgError:
+        return None
+    return (values, vectors) if values.shape[0] == count else None

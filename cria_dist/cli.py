@@ -20,6 +20,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Verb = Stage | Literal["prune"]
 ConfigPath = Annotated[str, typer.Argument(help="TOML file of the run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, as often as needed.")]
+Probe = Annotated[bool, typer.Option("--probe", help="Record a part of the model in this process and time it.")]
 Folder = Annotated[Path, typer.Argument(help="Run folder.")]
 
 EXIT_USER_ERROR = 2
@@ -93,7 +94,7 @@ def _add_verb(name: Verb, text: str) -> None:
 
 
 @app.command()
-def estimate(config: ConfigPath, overrides: Overrides = None) -> None:
+def estimate(config: ConfigPath, overrides: Overrides = None, probe: Probe = False) -> None:
     """What a run will take, from the configuration and the model's shapes; nothing is started."""
 
     def action() -> None:
@@ -101,9 +102,9 @@ def estimate(config: ConfigPath, overrides: Overrides = None) -> None:
         from cria_dist.stages.estimate import estimate as estimate_run  # transformers; see _run
 
         table = Table("quantity", "value")
-        for name, value in estimate_run(settings).items():
+        for name, value in estimate_run(settings, probe).items():
             table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-        Console().print(table)
+        _console().print(table)
 
     raise typer.Exit(guarded(action))
 
@@ -128,6 +129,28 @@ def report(folder: Folder) -> None:
         from cria_dist.stages.redraw import redraw
 
         Console().print(f"report: {redraw(folder)}", soft_wrap=True, highlight=False)
+
+    raise typer.Exit(guarded(action))
+
+
+@app.command("export-activations")
+def export_activations(
+    run_folder: Folder,
+    out: Annotated[Path, typer.Argument(help="New folder; gets one Parquet file per site.")],
+    layout: Annotated[
+        Literal["list", "binary"], typer.Option(help="list<float> per token, or the recorded words as one value.")
+    ] = "list",
+    site: Annotated[str | None, typer.Option(help="Only this site, as layer-003.mlp.")] = None,
+    signal: Annotated[str | None, typer.Option(help="Only this signal, as output.")] = None,
+    round_index: Annotated[int, typer.Option("--round", min=0, help="Round of the run.")] = 0,
+) -> None:
+    """Write recorded signals as plain Parquet, a row per token, for pandas and DuckDB."""
+
+    def action() -> None:
+        from cria_dist.stages import export_activations as exports  # pyarrow; see _run
+
+        written = exports.export_activations(run_folder, out, exports.Choice(layout, site, signal, round_index))
+        Console().print(f"{len(written)} files in {out}", soft_wrap=True, highlight=False)
 
     raise typer.Exit(guarded(action))
 

@@ -84,8 +84,10 @@ class RecordConfig(Section):
 
     tokens: Annotated[int, Field(ge=32)] = 4096
     """Sampled tokens per site whose signals are stored (the graphs are built on them)."""
-    shard_sequences: Annotated[int, Field(ge=1)] = 8
-    """Sequences per shard. A shard is the unit of work and of resumption; it does not depend on the workers."""
+    shard_sequences: Annotated[int, Field(ge=0)] = 0
+    """Sequences per shard, the unit of work and of resumption; it does not depend on the workers. 0 means a 16th of
+    the calibration sequences, but at least 8. Every shard stores N * N * 4 bytes of moments per layer of N neurons
+    (15.5 GB for a 7B model); ``cria estimate`` says when larger shards are wise."""
     batch_sequences: Annotated[int, Field(ge=1)] = 4
     """Sequences per forward pass."""
     dtype: RecordDtype = "auto"

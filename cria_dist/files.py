@@ -11,10 +11,12 @@ from typing import Any
 
 from cria_dist.errors import ConfigError, DataError
 
+Content = bytes | memoryview
+"""Finished bytes on their way to storage."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: Content) -> None:
     """Write a file so that a reader sees all of it or none, also after a crash."""
     write_with(path, lambda temporary: temporary.write_bytes(content))
 
@@ -25,11 +27,16 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp.{os.getpid()}")
     try:
         write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on its disk."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def to_json(record: object) -> bytes:
@@ -49,7 +56,7 @@ def from_json(content: bytes, name: str) -> Any:
         raise DataError(f"{name} is damaged ({error}); delete it and run the same command again") from error
 
 
-def facts(content: bytes) -> dict[str, object]:
+def facts(content: Content) -> dict[str, object]:
     """What a commit record says of a file: bytes and sha256."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from cria_dist.errors import CriaError, WorkerError
 
@@ -16,7 +16,8 @@ class Flow(Generic[Item]):
 
     Attributes:
         after: item -> the item that must be finished before it starts.
-        homes: item -> number of the only worker that may run it (what it holds stays there).
+        homes: item -> number of the only worker that may run it (what it holds stays there). Where there are fewer
+            workers than homes they share them; a worker that cannot be started again loses its homes to the others.
         ranks: processes that make up one worker and run every item together, each with ``RANK``, ``WORLD_SIZE``,
             ``MASTER_ADDR`` and ``MASTER_PORT`` in its environment.
     """
@@ -26,12 +27,26 @@ class Flow(Generic[Item]):
     ranks: int = 1
 
 
+@runtime_checkable
+class Counted(Protocol):
+    """A result that says what was in its item, for whoever watches the pool."""
+
+    def counts(self) -> Mapping[str, float]:
+        """Numbers by name: ``tokens`` and ``bytes_written`` (added up), ``peak_gpu_bytes`` (the largest counts)."""
+        ...
+
+
 class Pool(Protocol):
     """A set of workers; ``map`` yields results as they come, in any order."""
 
     @property
     def description(self) -> str:
         """What it is, in words, for logs."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """How many items run at the same time."""
         ...
 
     def map(
@@ -66,6 +81,7 @@ class LocalPool:
     """Runs every item in this process, one after the other."""
 
     description = "this process"
+    workers = 1
 
     def map(
         self,

@@ -93,7 +93,10 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
             r"unknown key 'prune\.ration'; known keys here: budget, multiple, ratio, repair, ridge, rounds",
         ),
         ("sead=1", r"unknown key 'sead'; known keys here: compare, data, evaluate, method, .*, seed"),
-        ("data.test.sauce=x", r"unknown key 'data\.test\.sauce'; known keys here: field, part, source, split, subset"),
+        (
+            "data.test.sauce=x",
+            r"unknown key 'data\.test\.sauce'; known keys here: field, format, .*source, split, subset",
+        ),
         ("method.neighbors=3", r"unknown key 'method\.neighbors'; known keys here: .*neighbours"),
         ("prune.ratio=1", r"^prune\.ratio=1: .*less than 1"),
         ("prune.ratio=a fifth", r'^prune\.ratio="a fifth": .*number'),
@@ -106,6 +109,14 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
         ("name=a/b", r'^name="a/b": a name starts with a letter or digit'),
         ("recover.learning_rate=inf", r"^recover\.learning_rate="),
         ("prune.ridge=inf", r"^prune\.ridge="),
+        ("record.shard_sequences=-1", r"^record\.shard_sequences=-1: .*greater than or equal to 0; raise it"),
+        ("record.shard_sequences=0.5", r"^record\.shard_sequences=0\.5: .*integer"),
+        ("record.batch_sequences=0", r"^record\.batch_sequences=0: .*greater than or equal to 1; raise it"),
+        ("record.dtype=float8", r"^record\.dtype=\"float8\": .*'auto', 'float32', 'float16' or 'bfloat16'"),
+        ("record.schedule=fsdp", r"^record\.schedule=\"fsdp\": .*'replicate', 'sweep', 'pipeline' or 'tensor'"),
+        ("record.memory_gb=0", r"^record\.memory_gb=0: .*greater than 0; raise it"),
+        ("record.memory_gb=inf", r"^record\.memory_gb="),
+        ("model.dtype=int8", r"^model\.dtype=\"int8\": .*'float32', 'bfloat16' or 'float16'"),
     ],
 )
 def test_a_complaint_names_key_value_and_rule(override: str, message: str, toml: Path) -> None:
@@ -160,6 +171,13 @@ def test_the_result_part_is_plain_and_leaves_out_where_it_ran(toml: Path) -> Non
     assert parse({**part, "run": config.run.model_dump()}) == config
     assert load(toml, ["run.workers=5"]).result_part() == part
     assert load(toml, ["seed=5"]).result_part() != part
+
+
+def test_how_a_model_is_spread_is_no_part_of_the_result(toml: Path) -> None:
+    part = load(toml).result_part()
+    spread = ["record.schedule=sweep", "record.memory_gb=3", "record.storage=s3://bucket/runs"]
+    assert load(toml, spread).result_part() == part
+    assert load(toml, ["record.shard_sequences=8"]).result_part() != part, "sums are rounded in another order"
 
 
 def test_every_field_is_documented() -> None:

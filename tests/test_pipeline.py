@@ -20,6 +20,7 @@ from cria_dist.pipeline import Context, prune
 from cria_dist.pool import Flow, LocalPool
 from cria_dist.records import PruningPlan, Report, Site, Stage
 from cria_dist.report.writer import report_from_json
+from cria_dist.stages import memory
 from cria_dist.stages.verify import Verifier
 from cria_dist.store.recording import Recording
 from cria_dist.store.storage import LocalStorage
@@ -49,6 +50,9 @@ class SpyPool(LocalPool):
             for item in items:  # five seconds a process; tests/stages/test_evaluate.py has the real thing
                 files.write_json(item.record, {"finding": "not checked"})
                 yield item, "not checked"
+            return
+        if make_worker.func.__module__ == memory.__name__:  # asks a worker how much it has: no result
+            yield from super().map(make_worker, items, workers, flow)
             return
         yield from super().map(functools.partial(self._spied, make_worker), items, workers, flow)
 
@@ -249,10 +253,17 @@ def test_a_finished_run_computes_nothing(finished_run: Any, make_context: MakeCo
 
 
 SHARD = "shard-00001"
+SIGNALS, MOMENTS = f"{SHARD}.units-00000-00048.parquet", f"{SHARD}.units-00000-00048.safetensors"
+
+
+def recorded(*shards: int) -> list[tuple[str, str]]:
+    """What it takes to record shards."""
+    return [("Recorder", f"shard {shard}, layers 0-1") for shard in shards]
+
+
 DELETED = {
-    f"round-00/activations/layer-001.mlp/{SHARD}.parquet": [("Recorder", "1")],
-    f"round-00/moments/layer-000.mlp/{SHARD}.safetensors": [("Recorder", "1")],
-    f"round-00/activations/commits/{SHARD}.json": [("Recorder", "1")],
+    f"round-00/activations/layer-001.mlp/{SIGNALS}": recorded(1),
+    f"round-00/moments/layer-000.mlp/{MOMENTS}": recorded(1),
     "round-00/manifest.json": [],
     "round-00/scores/layer-001.mlp.npz": [("Analyst", "layer-001.mlp")],
     "round-00/spectra/layer-001.mlp.npz": [("Analyst", "layer-001.mlp")],
@@ -290,6 +301,21 @@ def test_what_is_deleted_is_computed_again_and_nothing_else(
 
 
 @pytest.mark.usefixtures("no_report")
+def test_a_lost_commit_record_counts_only_without_a_manifest(
+    finished_run: Any, make_context: MakeContext, tmp_path: Path
+) -> None:
+    """The manifest is all that readers trust; it is merged from the commit records."""
+    copy = finished_run.copy(tmp_path)
+    before = contents(copy.folder)
+    lost = copy.folder / f"round-00/commits/{KEYS[0]}/{SHARD}.json"
+    lost.unlink()
+    assert carry_out(make_context, copy.config, "record")[1] == []
+    (copy.folder / "round-00/manifest.json").unlink()
+    assert carry_out(make_context, copy.config, "record")[1] == recorded(1)
+    assert contents(copy.folder) == before
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_deleted_measurement_is_taken_again(finished_run: Any, make_context: MakeContext, tmp_path: Path) -> None:
     copy = finished_run.copy(tmp_path)
     measured = sorted(path for path in (copy.folder / "evaluations").iterdir() if "-" not in path.name)
@@ -308,16 +334,16 @@ def test_a_damaged_recording_is_an_error_that_can_be_obeyed(
     """Delete the file that the message names, run again: the result is the clean run's."""
     copy = finished_run.copy(tmp_path)
     clean = contents(copy.folder)
-    path = copy.folder / "round-00" / "activations" / KEYS[1] / f"{SHARD}.parquet"
+    path = copy.folder / "round-00" / "activations" / KEYS[1] / SIGNALS
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     shutil.rmtree(copy.folder / "round-00" / "scores")
-    with pytest.raises(WorkerError, match=rf"{KEYS[1]}.*{SHARD}\.parquet is not what was recorded .*delete it"):
+    with pytest.raises(WorkerError, match=rf"{KEYS[1]}.*{SIGNALS} is not what was recorded .*delete it"):
         carry_out(make_context, copy.config, "decide")
     path.unlink()
     _, done = carry_out(make_context, copy.config, "recover")
-    assert done == [("Recorder", "1"), ("Analyst", KEYS[1])]
+    assert done == [*recorded(1), ("Analyst", KEYS[1])]
     assert contents(copy.folder) == clean
 
 
@@ -403,8 +429,8 @@ def test_another_ratio_takes_over_recording_and_scores(
     assert done == []
     for name in (
         "manifest.json",
-        f"activations/{KEYS[1]}/{SHARD}.parquet",
-        f"moments/{KEYS[0]}/{SHARD}.safetensors",
+        f"activations/{KEYS[1]}/{SIGNALS}",
+        f"moments/{KEYS[0]}/{MOMENTS}",
         f"scores/{KEYS[0]}.npz",
         f"spectra/{KEYS[0]}.npz",
     ):
@@ -430,7 +456,7 @@ def test_what_changes_the_recording_is_recorded(
 ) -> None:
     finished_run.copy(tmp_path)
     _, done = carry_out(make_context, run_config(tmp_path, **changes), "record")
-    assert done == [("Recorder", "0"), ("Recorder", "1"), ("Recorder", "2")]
+    assert done == recorded(0, 1, 2)
 
 
 # interruptions
@@ -469,7 +495,7 @@ def later_than(stage: str) -> list[str]:
 
 
 HALF = {
-    "half a shard": ("record", ["round-00/manifest.json", "round-00/activations/commits/shard-00002.json"]),
+    "half a shard": ("record", ["round-00/manifest.json", "round-00/commits/layer-001.mlp/shard-00002.json"]),
     "half the scores": ("analyse", ["round-00/scores/layer-001.mlp.npz"]),
     "half the repair": ("repair", ["round-00/repair/layer-001.mlp.safetensors"]),
     "half a checkpoint": ("apply", ["pruned/config.json", "pruned/model.safetensors"]),

@@ -68,7 +68,7 @@ def laplacian(edges_E2: Array, size: int, weights_E: Array | None = None) -> Spa
     nodes = xp.arange(size, dtype=edges_E2.dtype)
     left, right = edges_E2[:, 0], edges_E2[:, 1]
     values_E = xp.ones(left.shape[0], dtype=xp.float64) if weights_E is None else weights_E
-    degree_N = xp.bincount(xp.reshape(edges_E2, (-1,)), weights=xp.repeat(values_E, 2), minlength=size)
+    degree_N = arrays.totals(xp.repeat(values_E, 2), xp.reshape(edges_E2, (-1,)), size)
     rows = xp.concat([left, right, nodes])
     columns = xp.concat([right, left, nodes])
     return arrays.csr(xp.concat([-values_E, -values_E, degree_N]), rows, columns, (size, size))
@@ -77,7 +77,7 @@ def laplacian(edges_E2: Array, size: int, weights_E: Array | None = None) -> Spa
 def degrees(edges_E2: Array, size: int) -> Array:
     """Number of edges at each node, float64 [N]."""
     xp = arrays.namespace(edges_E2)
-    return xp.astype(xp.bincount(xp.reshape(edges_E2, (-1,)), minlength=size), xp.float64)
+    return arrays.totals(xp.ones(2 * edges_E2.shape[0], dtype=xp.float64), xp.reshape(edges_E2, (-1,)), size)
 
 
 def _closest_outside(points: Points, labels_N: Array, count: int) -> Array:

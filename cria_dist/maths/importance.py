@@ -15,9 +15,8 @@ def mean_over_neighbours(edge_scores_E: Array, edges_E2: Array, size: int) -> Ar
     """Node score: the mean score of a neuron's edges in the input graph (SPADE's node score), float64 [N]."""
     xp = arrays.namespace(edge_scores_E)
     ends = xp.reshape(edges_E2, (-1,))
-    weights = xp.repeat(edge_scores_E, 2)
-    total_N = xp.bincount(ends, weights=weights, minlength=size)
-    return total_N / xp.bincount(ends, minlength=size)
+    total_N = arrays.totals(xp.repeat(edge_scores_E, 2), ends, size)
+    return total_N / arrays.totals(xp.ones(ends.shape[0], dtype=xp.float64), ends, size)
 
 
 def lowest(keep_N: Float64, count: int) -> NDArray[np.int64]:

@@ -40,7 +40,7 @@ def top_eigenpairs(
     Raises:
         NumericError: not converged after 60 restarts.
     """
-    xp = arrays.namespace(output_laplacian.data)
+    xp = arrays.namespace(arrays.diagonal(output_laplacian))
     size = input_laplacian.shape[0]
     generator = np.random.default_rng(0)
     basis_NJ = xp.zeros((size, 0), dtype=xp.float64)
@@ -77,7 +77,7 @@ def _orthonormal(metric: Sparse, basis_NJ: Array, block_NB: Array, generator: np
             block_NB = block_NB - xp.mean(block_NB, axis=0)
         for _ in range(2):
             squared_B, turn_BB = xp.linalg.eigh(block_NB.T @ (metric @ block_NB))
-            kept = slice(int(xp.sum(squared_B <= LOST)), None)  # ascending
+            kept = slice(int(xp.sum(xp.astype(squared_B <= LOST, xp.int64))), None)  # ascending
             block_NB = block_NB @ turn_BB[:, kept] / xp.sqrt(squared_B[kept])
         if block_NB.shape[1] == BLOCK:
             return block_NB

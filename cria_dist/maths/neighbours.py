@@ -13,8 +13,13 @@ from cria_dist.maths import duplicates
 from cria_dist.maths.points import Points
 
 BLOCK_ROWS = 512
+LONG_SIGNALS = 2048  # from here on tiles of twice the height are 10 % faster, below as much slower
+BLOCK_COLUMNS = 8192
+LIMIT_ROWS = 512
 SPARE_CANDIDATES = 8
 UINT16_VALUES = 2**16
+Found = tuple[Array, Array, Array]
+"""Two neurons and their squared distance, for each pair [Q]."""
 
 
 def nearest_neighbours(signals_NM: Array, k: int) -> Array:
@@ -71,54 +76,63 @@ def _nearest_distinct(points: Points, k: int) -> tuple[Array, Array]:
 
 
 def _pools(points: Points, pool: int) -> tuple[Array, Array]:
-    """The ``pool`` nearest of each neuron by working precision, nearest first: squared distances and indices [N, P]."""
+    """The ``pool`` nearest of each neuron by working precision, nearest first: squared distances and indices [N, P].
+
+    The distances to the first neurons give each one a limit that few of the later ones fall below.
+    """
     xp = arrays.namespace(points.norm_N)
     size = points.norm_N.shape[0]
     values_NP = xp.full((size, pool), xp.inf, dtype=points.norm_N.dtype)
     index_NP = xp.zeros((size, pool), dtype=xp.int64)
-    limit_N = values_NP[:, -1]
-    for piece in arrays.pieces(size, BLOCK_ROWS):
-        start, stop = piece.start, piece.stop
-        count = stop - start
-        strip_BW = points.squared_distances(xp.arange(start, stop), start)
-        diagonal = xp.eye(count, dtype=xp.bool)
-        strip_BW[:, :count] = xp.where(diagonal, xp.asarray(xp.inf, dtype=strip_BW.dtype), strip_BW[:, :count])
-        if start == 0 and count > pool:
-            columns_NB = xp.reshape(xp.reshape(strip_BW.T, (-1,)), (size, count))  # a copy: sorting rows is faster
-            limit_N1 = xp.sort(columns_NB, axis=1, stable=False)[:, pool - 1 : pool]
-            limit_N = (limit_N1 + 2 * points.error(limit_N1, xp.arange(size)))[:, 0]
-        found = _below(strip_BW, limit_N[start:])
-        values_WP, index_WP = _merge(values_NP[start:, :], index_NP[start:, :], found, start)
-        values_NP[start:, :], index_NP[start:, :] = values_WP, index_WP
-        limit_N = values_NP[:, -1]
+    limit_N = xp.full((size,), xp.inf, dtype=points.norm_N.dtype)
+    height = BLOCK_ROWS if points.centred_NM.shape[1] < LONG_SIGNALS else 2 * BLOCK_ROWS
+    for rows in arrays.pieces(size, height):
+        start, stop = rows.start, rows.stop
+        later = arrays.pieces(size - stop, BLOCK_COLUMNS)
+        found: list[Found] = []
+        for columns in (rows, *(slice(stop + piece.start, stop + piece.stop) for piece in later)):
+            tile_BW = points.tile(rows, columns)
+            if columns == rows:
+                xp.reshape(tile_BW, (-1,), copy=False)[:: stop - start + 1] = xp.inf  # not its own neighbour
+            if start == 0 and stop > pool:
+                limit_N[columns] = _first_limit(points, tile_BW, columns, pool)
+            found.append(_below(tile_BW, limit_N[rows][:, None], (start, columns.start)))
+            if columns != rows:
+                owner, far, value = _below(tile_BW, limit_N[columns][None, :], (start, columns.start))
+                found.append((far, owner, value))
+        merged = _merge(values_NP[start:, :], index_NP[start:, :], found, start)
+        values_NP[start:, :], index_NP[start:, :] = merged
+        limit_N = xp.asarray(values_NP[:, -1], copy=True)
     return values_NP, index_NP
 
 
-def _below(strip_BW: Array, limit_W: Array) -> tuple[Array, Array, Array]:
-    """Entries of a strip of the symmetric matrix within the limit of their row or of their column.
-
-    Returns:
-        Owner, other end (both counted from the strip's first neuron) and value of each.
-    """
-    xp = arrays.namespace(strip_BW)
-    rows, columns = strip_BW.shape
-    straight = xp.nonzero(xp.reshape(strip_BW <= limit_W[:rows, None], (-1,)))[0]
-    mirrored = xp.nonzero(xp.reshape(strip_BW[:, rows:] <= limit_W[None, rows:], (-1,)))[0]
-    if columns > rows:
-        mirrored = mirrored + (mirrored // (columns - rows) + 1) * rows  # places in the strip
-    values = xp.take(xp.reshape(strip_BW, (-1,)), xp.concat([straight, mirrored]))
-    own = xp.concat([straight // columns, mirrored % columns])
-    return own, xp.concat([straight % columns, mirrored // columns]), values
+def _first_limit(points: Points, tile_BW: Array, columns: slice, pool: int) -> Array:
+    """The P-th smallest distance of each neuron of the columns to some of the first neurons."""
+    xp = arrays.namespace(tile_BW)
+    count = min(tile_BW.shape[0], max(LIMIT_ROWS, pool + 1))
+    symmetric = columns.start == 0
+    # sorting rows is faster, even after a copy
+    sample_WS = tile_BW[:, :count] if symmetric else xp.asarray(tile_BW[:count, :].T, copy=True)
+    limit_W1 = xp.sort(sample_WS, axis=1, stable=False)[:, pool - 1 : pool]
+    return (limit_W1 + 2 * points.error(limit_W1, xp.arange(columns.start, columns.stop)))[:, 0]
 
 
-def _merge(values_WP: Array, index_WP: Array, found: tuple[Array, Array, Array], start: int) -> tuple[Array, Array]:
-    """The P smallest of each neuron's pool and what was found for it, ascending."""
+def _below(tile_BW: Array, limit: Array, corner: tuple[int, int]) -> Found:
+    """Entries of a tile within the limit of their row or column: neuron of the row, of the column, and value."""
+    xp = arrays.namespace(tile_BW)
+    flat = xp.nonzero(xp.reshape(tile_BW <= limit, (-1,)))[0]
+    width = tile_BW.shape[1]
+    return flat // width + corner[0], flat % width + corner[1], xp.take(xp.reshape(tile_BW, (-1,)), flat)
+
+
+def _merge(values_WP: Array, index_WP: Array, found: list[Found], start: int) -> tuple[Array, Array]:
+    """The P smallest of each neuron's pool and what was found for it, ascending; W neurons from ``start`` on."""
     xp = arrays.namespace(values_WP)
     size, pool = values_WP.shape
-    owner_Q, far_Q, value_Q = found
-    owner_Q = xp.concat([xp.repeat(xp.arange(size), pool), owner_Q])
+    owner_Q, far_Q, value_Q = (xp.concat(parts) for parts in zip(*found, strict=True))
+    owner_Q = xp.concat([xp.repeat(xp.arange(size), pool), owner_Q - start])
     owner_Q = xp.astype(owner_Q, xp.uint16 if size < UINT16_VALUES else xp.int64)  # short numbers sort faster
-    far_Q = xp.concat([xp.reshape(index_WP, (-1,)), far_Q + start])
+    far_Q = xp.concat([xp.reshape(index_WP, (-1,)), far_Q])
     value_Q = xp.concat([xp.reshape(values_WP, (-1,)), value_Q])
     order_Q = xp.argsort(value_Q, stable=False)
     order_Q = xp.take(order_Q, xp.argsort(xp.take(owner_Q, order_Q), stable=True))

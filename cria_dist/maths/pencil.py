@@ -24,6 +24,7 @@ def all_eigenvalues(input_laplacian: Sparse, output_laplacian: Sparse) -> Array:
 
     Dense: ``C^-1 L_X C^-T`` with ``L_Y + 11^T/N = C C^T``; O(N^3) time, three N x N arrays.
     """
+    _check_sizes(input_laplacian, output_laplacian)
     xp_values = _reduced(input_laplacian, output_laplacian)[0]
     values_N = arrays.namespace(xp_values).linalg.eigvalsh(xp_values)
     return arrays.namespace(values_N).flip(values_N)[:-1]
@@ -44,8 +45,10 @@ def top_eigenpairs(input_laplacian: Sparse, output_laplacian: Sparse, count: int
         values_K descending, vectors_NK with ``v^T L_Y v = 1`` and ``v`` orthogonal to 1, and the largest residual.
 
     Raises:
-        NumericError: too few neurons, an output graph that is not connected, or a residual above 1e-6.
+        NumericError: too few neurons, graphs of different sizes, an output graph that is not connected, or a residual
+            above 1e-6.
     """
+    _check_sizes(input_laplacian, output_laplacian)
     size = input_laplacian.shape[0]
     if not 1 <= count < size:
         raise NumericError(f"{count} eigenpairs asked of {size} neurons; at most {size - 1} exist")
@@ -84,6 +87,7 @@ def full_distortion_of_edges(input_laplacian: Sparse, output_laplacian: Sparse, 
     With L_Y-orthonormal eigenvectors ``sum_i zeta_i v_i v_i^T = L_Y^+ L_X L_Y^+ = M``, so the score of edge (p, q) is
     ``M_pp + M_qq - 2 M_pq``. One Cholesky factor, one inverse, one sparse-dense product; float64 [E].
     """
+    _check_sizes(input_laplacian, output_laplacian)
     xp = arrays.namespace(edges_E2)
     size = input_laplacian.shape[0]
     factor_NN = _factor(output_laplacian, xp)
@@ -94,8 +98,20 @@ def full_distortion_of_edges(input_laplacian: Sparse, output_laplacian: Sparse, 
     diagonal_N = xp.sum(pseudo_NN * product_NN, axis=0)
     transposed_NN = xp.asarray(product_NN.T, copy=True)
     blocks = arrays.pieces(left.shape[0], EDGE_BLOCK)
-    cross_E = xp.concat([xp.sum(pseudo_NN[left[block]] * transposed_NN[right[block]], axis=1) for block in blocks])
-    return diagonal_N[left] + diagonal_N[right] - 2 * cross_E
+    gathered = (
+        (xp.take(pseudo_NN, left[block], axis=0), xp.take(transposed_NN, right[block], axis=0)) for block in blocks
+    )
+    cross_E = xp.concat([xp.sum(one * other, axis=1) for one, other in gathered])
+    return xp.take(diagonal_N, left) + xp.take(diagonal_N, right) - 2 * cross_E
+
+
+def _check_sizes(input_laplacian: Sparse, output_laplacian: Sparse) -> None:
+    left, right = input_laplacian.shape[0], output_laplacian.shape[0]
+    if left != right:
+        raise NumericError(
+            f"an input graph of {left} neurons and an output graph of {right}: both must be over the same neurons; "
+            "record the site again"
+        )
 
 
 def _factor(output_laplacian: Sparse, xp: Array) -> Array:

@@ -11,7 +11,6 @@ from cria_dist import arrays
 from cria_dist.arrays import Array
 
 NORM_ROWS = 512
-EXACT_VALUES = 100_000  # float64 differences held at a time: they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +41,23 @@ class Points:
         noise = float(xp.finfo(signals_NM.dtype).eps) * max(8.0, math.sqrt(signals_NM.shape[1]) / 2)
         return cls(signals_NM, centred_NM, key_N, xp.astype(key_N, signals_NM.dtype), noise)
 
-    def squared_distances(self, rows: Array, start: int = 0) -> Array:
-        """Squared distances of some neurons to those from ``start`` on, by a matrix product; rounding may go below 0.
-
-        Args:
-            rows: integer array [B].
-            start: first neuron of the other side.
-        """
+    def squared_distances(self, rows: Array) -> Array:
+        """Squared distances of some neurons [B] to all, by a matrix product; rounding may go below 0."""
         xp = arrays.namespace(self.norm_N)
-        squared_BW = xp.take(self.centred_NM, rows, axis=0) @ self.centred_NM[start:, :].T
-        squared_BW *= -2
-        squared_BW += self.norm_N[None, start:]
-        squared_BW += xp.take(self.norm_N, rows)[:, None]
-        return squared_BW
+        product_BN = xp.take(self.centred_NM, rows, axis=0) @ self.centred_NM.T
+        return self._squared(product_BN, xp.take(self.norm_N, rows), self.norm_N)
+
+    def tile(self, own: slice, other: slice) -> Array:
+        """The same between two runs of neurons; NumPy multiplies a run with itself in half the operations."""
+        own_BM = self.centred_NM[own, :]
+        return self._squared(own_BM @ self.centred_NM[other, :].T, self.norm_N[own], self.norm_N[other])
+
+    @staticmethod
+    def _squared(product_BW: Array, norm_B: Array, norm_W: Array) -> Array:
+        product_BW *= -2
+        product_BW += norm_W[None, :]
+        product_BW += norm_B[:, None]
+        return product_BW
 
     def error(self, squared: Array, rows: Array) -> Array:
         """Bound of the error of squared distances [B, ...] of some neurons: ``|y|^2 <= 2 |x|^2 + 2 |x - y|^2``."""
@@ -64,7 +67,7 @@ class Points:
     def exact(self, left_Q: Array, right_Q: Array) -> Array:
         """Squared distances of pairs by differences in float64 [Q]."""
         xp = arrays.namespace(self.signals_NM)
-        count = max(1, EXACT_VALUES // self.signals_NM.shape[1])
+        count = max(1, arrays.values_at_a_time(self.signals_NM) // self.signals_NM.shape[1])
         parts = []
         for piece in arrays.pieces(left_Q.shape[0], count):
             ends = (xp.take(self.signals_NM, side_Q[piece], axis=0) for side_Q in (left_Q, right_Q))

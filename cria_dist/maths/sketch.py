@@ -43,7 +43,7 @@ def distortion_of_edges(
     incidence = arrays.csr(
         xp.concat([roots_E, -roots_E]), xp.concat([left, right]), xp.concat([numbers, numbers]), (size, count)
     )
-    degree_N = output_laplacian.diagonal()
+    degree_N = arrays.diagonal(output_laplacian)
     generator = np.random.default_rng(0)
     found_E, rough_E = xp.zeros(count, dtype=xp.float64), xp.zeros(count, dtype=xp.float64)
     for _ in range(math.ceil(projections / BLOCK_COLUMNS)):
@@ -57,7 +57,7 @@ def distortion_of_edges(
 
 def _squared_differences(values_NT: Array, left_E: Array, right_E: Array) -> Array:
     xp = arrays.namespace(values_NT)
-    difference_ET = values_NT[left_E] - values_NT[right_E]
+    difference_ET = xp.take(values_NT, left_E, axis=0) - xp.take(values_NT, right_E, axis=0)
     difference_ET *= difference_ET
     return xp.sum(difference_ET, axis=1)
 
@@ -67,6 +67,7 @@ def _rough(degree_N: Array, edges_E2: Array, weights_E: Array) -> Array:
     left, right = edges_E2[:, 0], edges_E2[:, 1]
     xp = arrays.namespace(weights_E)
     ends = xp.reshape(edges_E2, (-1,))
-    input_degree_N = xp.bincount(ends, weights=xp.repeat(weights_E, 2), minlength=degree_N.shape[0])
+    input_degree_N = arrays.totals(xp.repeat(weights_E, 2), ends, degree_N.shape[0])
     share_N = input_degree_N / (degree_N * degree_N)
-    return share_N[left] + share_N[right] + 2 * weights_E / (degree_N[left] * degree_N[right])
+    product_E = xp.take(degree_N, left) * xp.take(degree_N, right)
+    return xp.take(share_N, left) + xp.take(share_N, right) + 2 * weights_E / product_E

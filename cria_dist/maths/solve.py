@@ -28,7 +28,7 @@ def solve_laplacian(laplacian: Sparse, right_NK: Array, tolerance: float) -> Arr
         NumericError: not converged after 2000 iterations, which a connected graph of neighbours does not do.
     """
     xp = arrays.namespace(right_NK)
-    inverse_N1 = 1 / laplacian.diagonal()[:, None]
+    inverse_N1 = 1 / arrays.diagonal(laplacian)[:, None]
     error_NK = right_NK - xp.mean(right_NK, axis=0)
     limit_K = tolerance * xp.linalg.vector_norm(error_NK, axis=0)
     solution_NK = xp.zeros_like(error_NK)

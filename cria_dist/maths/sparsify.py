@@ -24,7 +24,7 @@ def edge_distortion(signals_NM: Array, edges_E2: Array) -> Array:
     """
     xp = arrays.namespace(signals_NM)
     squared_E = Points.of(signals_NM).exact(edges_E2[:, 0], edges_E2[:, 1])
-    weights_E = 1 / xp.maximum(squared_E, SMALLEST_SHARE * xp.median(squared_E))
+    weights_E = 1 / xp.maximum(squared_E, SMALLEST_SHARE * xp.sort(squared_E)[squared_E.shape[0] // 2])
     laplacian = graphs.laplacian(edges_E2, signals_NM.shape[0], weights_E)
     return weights_E * sketch.distortion_of_edges(edges_E2, weights_E, laplacian, PROJECTIONS)
 

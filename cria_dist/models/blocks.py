@@ -5,7 +5,9 @@ per-layer argument come from the model's own code (sliding windows, hybrid layer
 are in memory. A whole model is one block; its hidden states are bit-equal to those of its parts run in turn.
 """
 
+import ctypes
 import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -60,16 +62,18 @@ class BlockModel:
 
     def __init__(self, directory: Path, numerics: checkpoint.Numerics, family: GatedMlpFamily, block: Block) -> None:
         torch.set_float32_matmul_precision(numerics.matmul)
+        _give_back_freed_memory()
         self.block = block
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._whole = _skeleton(directory, numerics)
         self._decoder = cast("PreTrainedModel", getattr(self._whole, self._whole.base_model_prefix))
         layers = cast(torch.nn.ModuleList, self._whole.get_submodule(family.layers))
         self._set_apart(layers, family)
-        self._hidden: torch.Tensor | None = None
-        layers[block.first].register_forward_pre_hook(self._enter, with_kwargs=True)
-        layers[block.stop - 1].register_forward_hook(self._leave)
-        self._load(directory, getattr(torch, numerics.dtype))
+        self._passage = _Passage()
+        if not block.is_first:
+            layers[block.first].register_forward_pre_hook(self._passage.enter, with_kwargs=True)
+        layers[block.stop - 1].register_forward_hook(self._passage.leave)
+        self._load(directory, getattr(torch, numerics.dtype), len(family.layers.split(".")) + 1)
 
     def module(self, name: str) -> torch.nn.Module:
         """A submodule of a layer in the block, by its name in the whole model."""
@@ -89,9 +93,9 @@ class BlockModel:
             if self.block.is_first:
                 self._decoder(input_ids=values.to(torch.int64), use_cache=False)
             else:
-                self._hidden = values
+                self._passage.hidden = values
                 self._decoder(inputs_embeds=values, use_cache=False)
-        result, self._hidden = cast(torch.Tensor, self._hidden), None
+        result, self._passage.hidden = cast(torch.Tensor, self._passage.hidden), None
         return result
 
     def _set_apart(self, layers: torch.nn.ModuleList, family: GatedMlpFamily) -> None:
@@ -102,33 +106,51 @@ class BlockModel:
         if not self.block.is_first:
             self._decoder.set_input_embeddings(torch.nn.Identity())
 
-    def _enter(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.block.is_first:
-            return None  # the embeddings are already there
-        if args:
-            return (self._hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._hidden}
+    def _load(self, directory: Path, dtype: torch.dtype, depth: int) -> None:
+        """Fill in the block's parameters, layer by layer: what is read stays mapped until its file is closed.
 
-    def _leave(self, _module: torch.nn.Module, _args: object, output: Any) -> None:
-        self._hidden = output[0] if isinstance(output, tuple) else output
-
-    def _load(self, directory: Path, dtype: torch.dtype) -> None:
-        decoder = f"{self._whole.base_model_prefix}."
-        with checkpoint.open_tensors(directory) as tensors:
-            for name, parameter in list(self._whole.named_parameters()):
-                if name.startswith(decoder):  # the head is not needed to observe neurons
+        Args:
+            directory: the checkpoint.
+            dtype: data type to compute in.
+            depth: name parts that tell the layers apart.
+        """
+        decoder = f"{self._whole.base_model_prefix}."  # the head is not needed to observe neurons
+        parameters = {name: value for name, value in self._whole.named_parameters() if name.startswith(decoder)}
+        for _, names in itertools.groupby(parameters, key=lambda name: name.split(".")[:depth]):
+            with checkpoint.open_tensors(directory) as tensors:
+                for name in names:
                     # a copy: what safetensors hands out keeps the whole file mapped
                     values = tensors.read(name).to(self.device, dtype, copy=True)
-                    if values.shape != parameter.shape:
+                    if values.shape != parameters[name].shape:
                         raise DataError(
                             f"checkpoint {directory}: {name} has shape {tuple(values.shape)}, config.json says "
-                            f"{tuple(parameter.shape)}; is config.json of another model?"
+                            f"{tuple(parameters[name].shape)}; is config.json of another model?"
                         )
                     parent, _, leaf = name.rpartition(".")
                     setattr(self._whole.get_submodule(parent), leaf, torch.nn.Parameter(values, requires_grad=False))
         for name, buffer in list(self._decoder.named_buffers()):
             parent, _, leaf = name.rpartition(".")
-            self._decoder.get_submodule(parent)._buffers[leaf] = buffer.to(self.device)
+            self._decoder.get_submodule(parent).register_buffer(leaf, buffer.to(self.device), persistent=False)
+
+
+class _Passage:
+    """Where the hidden state enters the block and leaves it.
+
+    The layers hold its hooks, and it holds no layer: without a reference cycle a dropped block is freed at once.
+    """
+
+    def __init__(self) -> None:
+        self.hidden: torch.Tensor | None = None
+
+    def enter(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replace the first layer's input."""
+        if args:
+            return (self.hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.hidden}
+
+    def leave(self, _module: torch.nn.Module, _args: object, output: Any) -> None:
+        """Keep the last layer's output."""
+        self.hidden = output[0] if isinstance(output, tuple) else output
 
 
 class _StandIn(torch.nn.Module):
@@ -144,6 +166,16 @@ class _StandIn(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
         """The identity."""
         return hidden_states
+
+
+def _give_back_freed_memory() -> None:
+    """Return to the system what the block before left: glibc keeps pieces below 32 MB for itself.
+
+    Measured with blocks of 4 layers (hidden 256, 2048 neurons): 140 MB of 160 would stay resident.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's alone
+    if trim is not None:
+        trim(0)
 
 
 def _skeleton(directory: Path, numerics: checkpoint.Numerics) -> PreTrainedModel:

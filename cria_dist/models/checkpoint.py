@@ -24,11 +24,18 @@ PLAN = "plan.json"
 """How a checkpoint of ours came about; a checkpoint made of it gets its own."""
 INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 1 << 20
+FILES = ["*.json", "*.safetensors", "*.model"]
+"""What is downloaded of a model."""
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
 
 
-def locate(path: str, revision: str | None) -> Path:
+def locate(path: str, revision: str | None, weights: bool = True) -> Path:
     """The local directory of a checkpoint: built in, local, or downloaded from the hub.
+
+    Args:
+        path: ``model.path`` of the configuration.
+        revision: hub revision.
+        weights: whether they are wanted; without, a ``config.json`` is enough.
 
     Raises:
         ConfigError: it does not exist or has no safetensors weights.
@@ -38,9 +45,11 @@ def locate(path: str, revision: str | None) -> Path:
         return builtin
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        directory = _download(path, revision)
+        directory = _download(path, revision, FILES if weights else ["config.json"])
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model.path={path!r} has no config.json; give a directory in transformers format")
+    if not weights:
+        return directory.resolve()
     if not (directory / WEIGHTS).is_file() and not (directory / INDEX).is_file():
         raise ConfigError(
             f"model.path={path!r} has no {WEIGHTS}; convert it with model.save_pretrained(..., safe_serialization=True)"
@@ -53,14 +62,14 @@ def locate(path: str, revision: str | None) -> Path:
     return directory.resolve()
 
 
-def _download(path: str, revision: str | None) -> Path:
+def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise ConfigError(f"model.path={path!r} is not a directory; give an existing directory or a hub name org/model")
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

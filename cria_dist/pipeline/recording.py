@@ -7,9 +7,9 @@ from cria_dist import files
 from cria_dist.models import checkpoint
 from cria_dist.pipeline.context import Context
 from cria_dist.stages import boundary, record, schedule
-from cria_dist.stages.estimate import num_shards, signal_dtype
+from cria_dist.stages.footprint import num_shards, shard_sequences, signal_dtype
+from cria_dist.store.places import open_recording
 from cria_dist.store.recording import Recording, adopt
-from cria_dist.store.storage import LocalStorage, ObjectStorage
 
 
 def record_model(context: Context, name: str, folder: Path, model_dir: Path, model_digest: str) -> Recording:
@@ -31,9 +31,7 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
         config.record.content_part(),
         [job.numerics.dtype, job.numerics.matmul, config.seed],
     )
-    url = config.record.storage
-    storage = LocalStorage(folder) if url is None else ObjectStorage(f"{url.rstrip('/')}/recording-{digest[:16]}")
-    recording = Recording(storage, digest)
+    recording = open_recording(folder, config.record.storage, digest)
     if recording.is_complete():
         context.progress.note(f"{name}: complete, {shards} shards")
         return recording
@@ -56,7 +54,7 @@ def _observe(context: Context, name: str, recording: Recording, model_dir: Path)
         tokens_path=job.calibration_path,
         numerics=job.numerics,
         signal_dtype=signal_dtype(config),
-        shard_sequences=config.record.shard_sequences,
+        shard_sequences=shard_sequences(config),
         batch_sequences=config.record.batch_sequences,
         sampled_tokens=config.record.tokens,
         seed=config.seed,
@@ -68,5 +66,5 @@ def _observe(context: Context, name: str, recording: Recording, model_dir: Path)
     total = shards * len(chosen.blocks)
     if 0 < len(items) < total:
         context.progress.note(f"{name}: {total - len(items)} of {total} shards were recorded before")
-    make = functools.partial(record.Recorder, task)
+    make = functools.partial(record.Recorder, task, chosen.ranks)
     context.map((name, "shards"), make, items, tokens=lambda done: done.tokens, flow=schedule.flow(chosen, items))

@@ -1,4 +1,4 @@
-"""Text in, blocks of tokens out, and the check that calibration and test text are different text.
+"""Text or conversations in, blocks of tokens out, and the check that calibration and test text are different text.
 
 Shape suffixes: S sequences, T tokens per sequence, M tokens of a stream, W windows.
 """
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cria_dist.config import DataConfig
+from cria_dist.config import CorpusConfig, DataConfig
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.records import Int32
-from cria_dist.stages.sources import SEPARATOR, read_documents
+from cria_dist.stages.chat import conversation_reader
+from cria_dist.stages.sources import SEPARATOR, plain_text, read_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,12 +28,18 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def tokenize(
-    documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase", sequence_length: int, sequences: int, what: str
+    documents: Iterable[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    sequence_length: int,
+    sequences: int,
+    what: str,
+    separator: str = SEPARATOR,
 ) -> Int32:
-    """Cut text into contiguous blocks of tokens; reads no further than it has to.
+    """Cut text into contiguous blocks of tokens; reads at most 262,144 characters more than it has to.
 
-    The documents are joined with a blank line and tokenised about 262,144 characters at a time, without special
-    tokens, so that the result is that of the whole text but for the tokens at those joints.
+    The documents are joined and tokenised about 262,144 characters at a time (whatever is asked for, so that fewer
+    sequences are the first of more), adding no special tokens, so that the result is that of the whole text but for the
+    tokens at those joints.
 
     Args:
         documents: the text.
@@ -40,6 +47,7 @@ def tokenize(
         sequence_length: tokens per block.
         sequences: number of blocks.
         what: ``calibration`` or ``test``, for messages.
+        separator: what stands between two documents; a blank line, nothing between rendered conversations.
 
     Returns:
         int32, [sequences, sequence_length].
@@ -50,16 +58,18 @@ def tokenize(
     needed = sequences * sequence_length
     pieces: list[Int32] = []
     count = 0
-    for text in _joined(documents):
+    for text in _joined(documents, separator):
         pieces.append(np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32))
         count += pieces[-1].size
         if count >= needed:
             return np.concatenate(pieces)[:needed].reshape(sequences, sequence_length)
     if not count:
         raise DataError(f"the {what} text is empty; check data.{what}: source, field, split and part")
+    full = count // sequence_length
+    fewer = f"lower data.{what}_sequences to {full} or" if full else "not one is full: lower"
     raise DataError(
         f"the {what} text has {count} tokens, but {sequences} sequences of {sequence_length} need {needed}; "
-        f"lower data.{what}_sequences or data.sequence_length, or give more text"
+        f"{fewer} data.sequence_length, or give more text"
     )
 
 
@@ -102,26 +112,37 @@ def load_tokens(data: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> tuple
         ConfigError: a source or field does not exist, or the two texts overlap more than ``data.max_overlap``.
         DataError: a text cannot be read, is empty or too short.
     """
+    calibration, test = (_documents(corpus, tokenizer) for corpus in (data.calibration, data.test))
     length = data.sequence_length
-    calibration = read_documents(data.calibration)
-    calibration_ST = tokenize(calibration, tokenizer, length, data.calibration_sequences, "calibration")
-    test_ST = tokenize(read_documents(data.test), tokenizer, length, data.test_sequences, "test")
+    calibration_ST = tokenize(
+        calibration, tokenizer, length, data.calibration_sequences, "calibration", _separator(data.calibration)
+    )
+    test_ST = tokenize(test, tokenizer, length, data.test_sequences, "test", _separator(data.test))
     share = check_overlap(calibration_ST, test_ST, data.max_overlap)
     logger.info("%d calibration and %d test tokens, overlap %.2f%%", calibration_ST.size, test_ST.size, 100 * share)
     return calibration_ST, test_ST
 
 
-def _joined(documents: Iterable[str]) -> Iterator[str]:
+def _documents(corpus: CorpusConfig, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
+    return read_items(corpus, conversation_reader(tokenizer) if corpus.format == "chat" else plain_text)
+
+
+def _separator(corpus: CorpusConfig) -> str:
+    """A chat template ends and begins a conversation itself."""
+    return "" if corpus.format == "chat" else SEPARATOR
+
+
+def _joined(documents: Iterable[str], separator: str) -> Iterator[str]:
     """The documents with separators between them, in pieces of about 262,144 characters; empty text gives none."""
-    piece, size, separator = list[str](), 0, ""
+    piece, size, before = list[str](), 0, ""
     for document in documents:
         piece.append(document)
         size += len(document)
         if size >= PIECE:
-            yield separator + SEPARATOR.join(piece)
-            piece, size, separator = [], 0, SEPARATOR
+            yield before + separator.join(piece)
+            piece, size, before = [], 0, separator
     if size:
-        yield separator + SEPARATOR.join(piece)
+        yield before + separator.join(piece)
 
 
 def _hashes(windows_WT: Int32) -> NDArray[np.uint64]:

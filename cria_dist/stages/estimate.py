@@ -1,74 +1,142 @@
-"""What a run will take, from configuration and shapes alone; no weights are read."""
+"""What a run will take, from configuration and shapes alone; no weights are read unless a probe is asked for."""
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from cria_dist.config import RunConfig
+from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.family import GatedMlpFamily, family_of
-
-
-def signal_dtype(config: RunConfig) -> str:
-    """Data type recorded signals are stored in."""
-    return config.model.dtype if config.record.dtype == "auto" else config.record.dtype
-
-
-def num_shards(config: RunConfig) -> int:
-    """Shards of the calibration set."""
-    return math.ceil(config.data.calibration_sequences / config.record.shard_sequences)
+from cria_dist.stages import memory, probe, schedule
+from cria_dist.stages.footprint import SIGNALS, Workload, in_units, itemsize, num_shards, signal_dtype
 
 
 def bytes_of_run(
     config: RunConfig, model_config: Mapping[str, Any], family: GatedMlpFamily, parameters: int
 ) -> dict[str, int]:
-    """Bytes the run writes: signals, moments, checkpoints, checkpoints of the recovery."""
-    widths = family.widths(model_config)
-    units = sum(widths.values())
-    signals = len(family.modules(next(iter(widths))).inputs) + 1
-    squares = sum(width * width for width in widths.values())
-    model_bytes = parameters * _itemsize(str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32"))
+    """Bytes the run writes: signals, moments, hidden states between blocks (peak), checkpoints, the recovery's own."""
+    widths = family.widths(model_config).values()
+    tokens = config.data.calibration_sequences * config.data.sequence_length
+    hidden_states = tokens * int(model_config["hidden_size"]) * itemsize(config.model.dtype)
+    model_bytes = parameters * itemsize(str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32"))
     rounds = config.prune.rounds
     return {
-        "signals": rounds * config.record.tokens * units * signals * _itemsize(signal_dtype(config)),
-        "moments": rounds * num_shards(config) * squares * 4,
+        "signals": rounds * config.record.tokens * sum(widths) * SIGNALS * itemsize(signal_dtype(config)),
+        "moments": rounds * num_shards(config) * sum(width * width for width in widths) * 4,
+        "boundaries": 0 if config.record.schedule == "replicate" else hidden_states,
         "checkpoints": model_bytes * (rounds + (1 if config.recover.steps else 0)),
         "recovery_state": 2 * 12 * parameters if config.recover.steps else 0,
     }
 
 
-def estimate(config: RunConfig) -> dict[str, object]:
-    """Parameters, storage and memory of a run, as plain data for display.
+def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
+    """Parameters, storage, memory, schedule, work and time of a run, as plain data for display.
+
+    Args:
+        config: the run.
+        measured: take the time from recording a part of the model in this process; else from matrix products.
 
     Raises:
         ConfigError: the model cannot be found or its family is not known.
     """
-    directory = checkpoint.locate(config.model.path, config.model.revision)
+    directory = checkpoint.locate(config.model.path, config.model.revision, weights=measured)
     model_config = checkpoint.read_config(directory)
     family = family_of(model_config)
-    parameters = checkpoint.count_parameters(model_config)
-    widths = family.widths(model_config)
-    storage = bytes_of_run(config, model_config, family, parameters)
-    widest = max(widths.values())
-    moments_memory = sum(width * width for width in widths.values()) * 4
-    tokens = config.data.calibration_sequences * config.data.sequence_length
+    work = Workload(config, model_config)
+    widest = max(work.sizes.widths)
+    storage = bytes_of_run(config, model_config, family, work.sizes.parameters)
+    forward, moments = flop(config, work)
+    workers = workers_assumed(config)
     return {
-        "parameters": parameters,
-        "prunable_parameters": sum(widths.values()) * family.unit_cost(model_config),
-        "sites": len(widths),
+        "parameters": work.sizes.parameters,
+        "prunable_parameters": sum(work.sizes.widths) * family.unit_cost(model_config),
+        "sites": work.layers,
         "units_per_site": widest,
-        "calibration_tokens": tokens,
+        "calibration_tokens": config.data.calibration_sequences * config.data.sequence_length,
         "shards": num_shards(config),
-        "recorder_memory_bytes": parameters * _itemsize(config.model.dtype) + moments_memory,
-        "analyst_memory_bytes": 4 * config.record.tokens * widest * 6 + 8 * 4 * widest * widest,
-        "forward_flop": 2 * parameters * tokens * config.prune.rounds,
-        "moments_flop": 2 * sum(width * width for width in widths.values()) * tokens * config.prune.rounds,
         **{f"storage_bytes.{name}": size for name, size in storage.items()},
         "storage_bytes.total": sum(storage.values()),
+        **_advice(config, storage),
+        **_memory(config, work, workers),
+        "analyst_memory_bytes": 4 * config.record.tokens * widest * 6 + 8 * 4 * widest * widest,
+        "forward_flop": forward,
+        "moments_flop": moments,
+        "seconds": round(_probed(config, work, workers, directory) if measured else _at_best(config, work, workers), 1),
+        "seconds.basis": f"record, {workers} workers as fast as this process; "
+        + ("one batch through the first and a middle layer" if measured else "matrix products, hence at best"),
     }
 
 
-def _itemsize(dtype: str) -> int:
-    return getattr(torch, dtype.removeprefix("torch.")).itemsize
+def flop(config: RunConfig, work: Workload) -> tuple[int, int]:
+    """Floating-point operations to record: forward passes (full T x T attention, no head), sums of products."""
+    sizes = work.sizes
+    tokens = config.data.calibration_sequences * config.data.sequence_length * config.prune.rounds
+    attention = 4 * work.length * sizes.heads * sizes.head_dim * work.layers
+    return tokens * (2 * sum(sizes.layers) + attention), tokens * 2 * sum(width * width for width in sizes.widths)
+
+
+def workers_assumed(config: RunConfig) -> int:
+    """Workers a run on this machine would have."""
+    if config.run.pool == "local":
+        return 1
+    return config.run.workers or torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def _advice(config: RunConfig, storage: Mapping[str, int]) -> dict[str, object]:
+    """Moments are most of what is stored: say which shards would halve the total, as far as shards can be merged."""
+    others = sum(storage.values()) - storage["moments"]
+    per_shard = storage["moments"] // num_shards(config)
+    if storage["moments"] <= others or num_shards(config) == 1:
+        return {}
+    sequences = math.ceil(config.data.calibration_sequences / max(1, others // per_shard))
+    shards = math.ceil(config.data.calibration_sequences / sequences)
+    return {
+        "storage_bytes.advice": f"moments are most of it; record.shard_sequences={sequences} makes {shards} shards "
+        f"and {in_units(shards * per_shard)} of moments"
+    }
+
+
+def _memory(config: RunConfig, work: Workload, workers: int) -> dict[str, object]:
+    """What every schedule needs, whether it fits, and which one ``record.schedule`` comes to."""
+    available = memory.of_machine(config, workers)
+    found: dict[str, object] = {"workers": workers, "memory.per_worker": in_units(available)}
+    for kind in schedule.KINDS:
+        layout = schedule.best_layout(kind, work, workers, available)
+        found[f"memory.{kind}"] = "not with these workers"
+        if layout is not None:
+            total = schedule.peak(work, *layout).total
+            fits = "fits" if total <= available else "does not fit"
+            found[f"memory.{kind}"] = f"{in_units(total)}, {fits}: {schedule.in_words(kind, layout, workers)}"
+    try:
+        chosen = schedule.decide(work, workers, available, config.record.schedule)
+    except ConfigError as error:
+        return {**found, "schedule": f"none: {error}"}
+    return {**found, "schedule": f"{chosen.kind}: {chosen.reason}"}
+
+
+def _at_best(config: RunConfig, work: Workload, workers: int) -> float:
+    """Seconds, if layers were as fast as products of large matrices."""
+    forward, moments = flop(config, work)
+    alone = forward / probe.flop_per_second(config.model.dtype) + moments / probe.flop_per_second("float32")
+    return alone * _rounds_of_work(config, workers) / num_shards(config)
+
+
+def _probed(config: RunConfig, work: Workload, workers: int, directory: Any) -> float:
+    """Seconds, from the first and a middle layer; every worker loads every layer once."""
+    first = probe.time_layer(config, work, directory, 0)
+    middle = probe.time_layer(config, work, directory, work.layers // 2) if work.layers > 1 else first
+    tokens = work.shard * work.length
+    per_shard = sum(
+        count * (time.token * tokens + time.shard) for count, time in ((1, first), (work.layers - 1, middle))
+    )
+    load = first.load + (work.layers - 1) * middle.load
+    return config.prune.rounds * (per_shard * _rounds_of_work(config, workers) + load)
+
+
+def _rounds_of_work(config: RunConfig, workers: int) -> int:
+    """Shards one worker records, if as many as possible record at a time."""
+    return math.ceil(num_shards(config) / workers)

@@ -1,6 +1,7 @@
 """Observe one site while a model runs: sampled signals and running moments, on the model's device.
 
-Shapes: T tokens, N units of the site (of this process's slice), W units of the whole site.
+Every token that comes by counts: calibration sequences are cut from a stream and never padded.
+Shapes: S sequences, T tokens, D hidden, N units of the site, U units of it that this process holds, R sampled tokens.
 """
 
 from collections.abc import Callable
@@ -10,78 +11,131 @@ import torch
 
 from cria_dist.errors import NumericError
 from cria_dist.records import Site
+from cria_dist.stages.gram import gram_of
+from cria_dist.store.recording import Slice
 
 
 class SiteObserver:
     """Collects the signals of one site over one shard.
 
     Args:
-        width: units observed here.
+        units: those this process holds.
+        width: units of the site.
         dtype: data type to store signals in.
         device: where the model computes.
+        gather: the signal [T, N] of all processes that share the site, from the [T, U] of each.
     """
 
-    def __init__(self, width: int, dtype: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        units: Slice,
+        width: int,
+        dtype: str,
+        device: torch.device,
+        gather: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.units = units
         self.width = width
-        self.rows = torch.empty(0, dtype=torch.int64, device=device)
-        self.signals: dict[str, list[torch.Tensor]] = {}
         self.count = 0
-        self.total_N = torch.zeros(width, dtype=torch.float32, device=device)
-        self.gram_NN = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.total_U = torch.zeros(units.stop - units.start, dtype=torch.float32, device=device)
+        self._broken = torch.zeros((), dtype=torch.int64, device=device)
+        self._gram = gram_of(units, width, device)
+        self._gather = gather
         self._dtype = getattr(torch, dtype)
+        self._signals: dict[str, torch.Tensor] = {}  # kept from shard to shard: fresh pages cost as much as the copy
+        self._expected = 0
+        self._rows = torch.empty(0, dtype=torch.int64, device=device)
+        self._at = slice(0, 0)
+        self._finished: Callable[[], None] | None = None
 
-    def reset(self) -> None:
-        """Forget the last shard."""
-        self.signals = {}
+    def reset(self, expected: int) -> None:
+        """Forget the last shard; ``expected`` sampled tokens are to come."""
         self.count = 0
-        self.total_N.zero_()
-        self.gram_NN.zero_()
+        self.total_U.zero_()
+        self._broken.zero_()
+        self._gram.clear()
+        self._expected = expected
+        self._at = slice(0, 0)
+        self._finished = None
+
+    def begin(self, rows: torch.Tensor, finished: Callable[[], None] | None = None) -> None:
+        """Get ready for a batch.
+
+        Args:
+            rows: indices of the batch's sampled tokens, on the device.
+            finished: called once, when the shard's last batch has left the layer.
+        """
+        self._rows = rows
+        self._at = slice(self._at.stop, self._at.stop + len(rows))
+        self._finished = finished
 
     def input_hook(self, name: str) -> Callable[..., None]:
         """Hook for a linear map whose output is a pre-activation signal."""
 
         def hook(_module: torch.nn.Module, _args: object, output: torch.Tensor) -> None:
-            self._keep(name, output.reshape(-1, self.width))
+            self._keep(name, output.reshape(-1, len(self.total_U)))
 
         return hook
 
     def output_hook(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Hook for the linear map that reads the post-activation signal."""
-        signal_TN = args[0].reshape(-1, self.width)
-        self._keep("output", signal_TN)
-        signal_TN = signal_TN.float()
-        self.count += len(signal_TN)
-        self.total_N += signal_TN.sum(dim=0)
-        self.gram_NN.addmm_(signal_TN.T, signal_TN)
+        signal_TU = args[0].reshape(-1, len(self.total_U))
+        self._keep("output", signal_TU)
+        self.count += len(signal_TU)
+        self.total_U += signal_TU.sum(dim=0, dtype=torch.float32)
+        self._gram.add(self._gather(signal_TU))
 
-    def stored(self, name: str) -> np.ndarray:
-        """A signal in the words of the storage data type, [T, N]."""
-        signal_TN = torch.cat(self.signals[name])
-        return (signal_TN.view(torch.uint16) if self._dtype is torch.bfloat16 else signal_TN).cpu().numpy()
+    def layer_hook(self, _module: torch.nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor]) -> None:
+        """Hook for the layer: tokens whose hidden state it leaves NaN or infinite (one sum per token shows it)."""
+        hidden_STD = output[0] if isinstance(output, tuple) else output
+        self._broken += (~torch.isfinite(hidden_STD.sum(dim=-1, dtype=torch.float32))).sum()
+        if self._finished is not None:
+            finished, self._finished = self._finished, None
+            finished()
+
+    def signals(self) -> dict[str, np.ndarray]:
+        """The sampled signals in the words of the storage data type, [R, U] each; valid until the next shard."""
+        kept = {name: signal_RU[: self._expected] for name, signal_RU in self._signals.items()}
+        if self._dtype is torch.bfloat16:
+            kept = {name: signal_RU.view(torch.uint16) for name, signal_RU in kept.items()}
+        return {name: signal_RU.cpu().numpy() for name, signal_RU in kept.items()}
 
     def moments(self) -> tuple[int, np.ndarray, np.ndarray]:
-        """Tokens, their sum [N] and the sum of their products [N, N], float32."""
-        return self.count, self.total_N.cpu().numpy(), self.gram_NN.cpu().numpy()
+        """Tokens, their sum [U] and the sum of their products with all units [U, N], float32."""
+        return self.count, self.total_U.cpu().numpy(), self._gram.rows()
 
     def check(self, site: Site, shard: int) -> None:
-        """Refuse NaN and infinity, in the moments (all tokens) and in what is stored (overflow).
+        """Refuse NaN and infinity in hidden states, in moments (both of all tokens) and in what is stored (overflow).
 
         Raises:
             NumericError: names site, shard and how many values.
         """
-        broken = int((~torch.isfinite(self.total_N)).sum()) + int((~torch.isfinite(self.gram_NN.diagonal())).sum())
-        if broken:
+        where, remedy = f"{site.key}, shard {shard}", "does the model overflow in this model.dtype?"
+        if tokens := int(self._broken):
             raise NumericError(
-                f"{site.key}, shard {shard}: {broken} moments are NaN or infinite; does the model overflow in this "
-                "model.dtype?"
+                f"{where}: hidden states of {tokens} tokens are NaN or infinite after the layer; {remedy}"
             )
-        for name, blocks in self.signals.items():
-            overflown = sum(int((~torch.isfinite(block)).sum()) for block in blocks)
-            if overflown:
+        broken = _broken(self.total_U) + _broken(self._gram.diagonal())
+        if broken:
+            raise NumericError(f"{where}: {broken} moments are NaN or infinite; {remedy}")
+        for name, signal_RU in self._signals.items():
+            if overflown := _broken(signal_RU[: self._expected]):
                 raise NumericError(
-                    f"{site.key}, shard {shard}: {overflown} values of signal {name!r} do not fit {self._dtype}; "
+                    f"{where}: {overflown} values of signal {name!r} do not fit {self._dtype}; "
                     "set record.dtype=bfloat16 or float32"
                 )
 
-    def _keep(self, name: str, signal_TN: torch.Tensor) -> None:
-        self.signals.setdefault(name, []).append(signal_TN[self.rows].to(self._dtype))
+    def _keep(self, name: str, signal_TU: torch.Tensor) -> None:
+        kept = self._signals.get(name)
+        if kept is None or len(kept) < self._expected:
+            kept = torch.empty(self._expected, len(self.total_U), dtype=self._dtype, device=signal_TU.device)
+            self._signals[name] = kept
+        if signal_TU.dtype == self._dtype:
+            torch.index_select(signal_TU, 0, self._rows, out=kept[self._at])
+        else:
+            kept[self._at] = signal_TU.index_select(0, self._rows)
+
+
+def _broken(values: torch.Tensor) -> int:
+    """How many values are NaN or infinite; if there are none, one pass over them shows it."""
+    return 0 if bool(torch.isfinite(values.sum(dtype=torch.float32))) else int((~torch.isfinite(values)).sum())

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cria_dist import files
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, PlanError
@@ -17,6 +15,8 @@ from cria_dist.models.family import GatedMlpFamily, family_of
 from cria_dist.records import Site
 from cria_dist.stages.corpus import load_tokens
 from cria_dist.stages.estimate import bytes_of_run
+from cria_dist.stages.token_files import TokenFiles, digests_of
+from cria_dist.store import places
 
 log = logging.getLogger(__name__)
 
@@ -89,20 +89,17 @@ def prepare(config: RunConfig) -> Job:
     family.narrowed(model_config, kept, config.prune.repair == "bias")
     _check_methods(config, family.widths(model_config), kept)
     _check_sampling(config)
+    places.check(config.record.storage)
     _check_disk(config, model_config, family, folder, dense_parameters)
     tokenizer = checkpoint.load_tokenizer(model_dir)
-    calibration_ST, test_ST = load_tokens(config.data, tokenizer)
-    digests = {
-        "model": checkpoint.fingerprint(model_dir),
-        "calibration_tokens": files.digest(calibration_ST.tobytes()),
-        "test_tokens": files.digest(test_ST.tobytes()),
-    }
+    store = TokenFiles(folder / "tokens", config.data, model_dir)
+    digests = store.digests()
+    tokens = None if digests else load_tokens(config.data, tokenizer)
+    digests = {"model": checkpoint.fingerprint(model_dir), **(digests_of(tokens) if tokens else digests)}
     _claim(folder, config, digests)
-    job = Job(config, folder, model_dir, model_config, family, family.widths(model_config), dense_parameters, digests)
-    for path, tokens_ST in ((job.calibration_path, calibration_ST), (job.test_path, test_ST)):
-        if not path.is_file():
-            files.write_with(path, lambda temporary, tokens_ST=tokens_ST: _save_array(temporary, tokens_ST))
-    return job
+    if tokens:
+        store.write(tokens)
+    return Job(config, folder, model_dir, model_config, family, family.widths(model_config), dense_parameters, digests)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -163,7 +160,7 @@ def _check_disk(
     if needed > free:
         raise ConfigError(
             f"the run needs {needed / 1e9:.1f} GB below {folder} and {free / 1e9:.1f} GB are free; lower "
-            "record.tokens, or set run.root to a larger volume"
+            "record.tokens, raise record.shard_sequences, or set run.root to a larger volume"
         )
 
 
@@ -175,7 +172,12 @@ def _claim(folder: Path, config: RunConfig, digests: Mapping[str, str]) -> None:
         foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
         if foreign:
             raise ConfigError(f"{folder} holds {foreign[0]!r} but no config.json of a run; choose another run.folder")
-        files.write_json(path, record)
+        try:
+            files.write_json(path, record)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} cannot be written ({error.strerror}); choose another run.root or run.folder"
+            ) from error
         return
     there = files.read_json(path)
     if there != record:
@@ -190,8 +192,3 @@ def _leaves(tree: Any, path: str = "") -> set[str]:
     if isinstance(tree, dict):
         return set().union(*(_leaves(value, f"{path}.{key}" if path else key) for key, value in tree.items()))
     return {f"{path}={tree!r}"}
-
-
-def _save_array(path: Path, tokens_ST: np.ndarray) -> None:
-    with path.open("wb") as handle:
-        np.save(handle, tokens_ST, allow_pickle=False)

@@ -4,6 +4,8 @@ One runner serves every schedule: a work item is (block of layers, shard of sequ
 starts from the hidden states that the block before left in storage. Shapes: S sequences, T tokens, D hidden, N neurons.
 """
 
+import logging
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cria_dist.models import checkpoint
-from cria_dist.models.blocks import Block, BlockModel
-from cria_dist.models.family import family_of
-from cria_dist.records import Site
+from cria_dist.errors import ConfigError, DataError
+from cria_dist.models import checkpoint, ranks
+from cria_dist.models.blocks import Block
 from cria_dist.stages import boundary
-from cria_dist.stages.observe import SiteObserver
-from cria_dist.store.activations import SignalTable
-from cria_dist.store.recording import Recording, Slice
+from cria_dist.stages.observed_block import ObservedBlock
+from cria_dist.stages.sample import TokenSample
+from cria_dist.stages.shard_writer import ShardWriter
+from cria_dist.store.recording import Recording
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,120 +71,114 @@ class ShardDone:
     Attributes:
         tokens: tokens that went through the block.
         bytes_written: to storage.
+        peak_gpu_bytes: most GPU memory PyTorch held in the process so far; 0 without a GPU.
     """
 
     tokens: int
     bytes_written: int
+    peak_gpu_bytes: int = 0
+
+    def counts(self) -> Mapping[str, float]:
+        """For the monitor of the pool."""
+        return {"tokens": self.tokens, "bytes_written": self.bytes_written, "peak_gpu_bytes": self.peak_gpu_bytes}
 
 
 class Recorder:
-    """Holds one block at a time; called once per work item."""
+    """Holds one block at a time; called once per work item.
 
-    def __init__(self, task: RecordTask) -> None:
+    Args:
+        task: what to record.
+        size: processes that share every layer and are called with the same items (``tensor``); each writes the units
+            it holds, the first one commits.
+    """
+
+    def __init__(self, task: RecordTask, size: int = 1) -> None:
         self._task = task
+        self._ranks = ranks.join(size)
+        if size > 1:
+            weakref.finalize(self, ranks.leave)
         self._tokens_ST = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)
-        self._config = checkpoint.read_config(task.model_dir)
-        self._family = family_of(self._config)
-        self._model: BlockModel | None = None
-        self._observers: dict[Site, SiteObserver] = {}
+        count, length = self._tokens_ST.shape
+        self._sample = TokenSample(task.seed, count, length, task.sampled_tokens)
+        self._batch = task.batch_sequences
+        self._observed: ObservedBlock | None = None
 
     def __call__(self, work: ShardWork) -> ShardDone:
         """Record one shard of one block and commit it.
 
+        When a GPU runs out of memory, the shard is recorded again from its start with batches of half the size, and so
+        are all shards after it; once. Sums are then rounded in another order, so that the last bits may differ from
+        those of a recording that never ran out.
+
         Raises:
-            NumericError: a signal is not finite, or does not fit the storage data type.
-            DataError: the checkpoint or the hidden states before the block cannot be read.
+            ConfigError: the GPU has too little memory even so.
+            NumericError: a hidden state or a signal is not finite, or does not fit the storage data type.
+            DataError: the checkpoint, the tokens or the hidden states before the block cannot be read.
         """
-        task = self._task
-        model = self._with_block(work.block)
-        first = work.shard * task.shard_sequences
-        last = min(first + task.shard_sequences, len(self._tokens_ST))
-        for observer in self._observers.values():
-            observer.reset()
-        before = None if work.block.is_first else boundary.read(task.recording, work.block.first, work.shard)
-        after: list[torch.Tensor] = []
-        for start in range(first, last, task.batch_sequences):
-            stop = min(start + task.batch_sequences, last)
-            rows = self._rows(start, stop)
-            for observer in self._observers.values():
-                observer.rows = rows
-            tokens_ST = torch.from_numpy(np.array(self._tokens_ST[start:stop]))
-            hidden_STD = model(tokens_ST if before is None else before[start - first : stop - first])
-            if not work.block.is_last:
-                after.append(hidden_STD.cpu())
-        written = self._write(work, self._origin(first, last))
-        if not work.block.is_last:
-            written += boundary.write(task.recording, work.block.stop, work.shard, torch.cat(after))
-        if not work.block.is_first:
-            boundary.delete(task.recording, work.block.first, work.shard)
-        return ShardDone((last - first) * self._tokens_ST.shape[1], written)
+        while True:
+            try:
+                return self._record(work)
+            except torch.OutOfMemoryError as error:
+                smaller = self._smaller_batch(work, error)
+            log.warning("%s: out of GPU memory, record.batch_sequences %d -> %d", work, self._batch, smaller)
+            self._batch = smaller
+            torch.cuda.empty_cache()
 
-    def _with_block(self, block: Block) -> BlockModel:
-        """The model with the weights of a block; those of another block are dropped first."""
-        if self._model is not None and self._model.block == block:
-            return self._model
-        self._model, self._observers = None, {}
-        model = BlockModel(self._task.model_dir, self._task.numerics, self._family, block)
-        for site, width in self._family.widths(self._config).items():
-            if block.first <= site.layer < block.stop:
-                observer = SiteObserver(width, self._task.signal_dtype, model.device)
-                modules = self._family.modules(site)
-                for name, module in modules.inputs.items():
-                    model.module(module).register_forward_hook(observer.input_hook(name))
-                model.module(modules.output).register_forward_pre_hook(observer.output_hook)
-                self._observers[site] = observer
-        self._model = model
-        return model
+    def _smaller_batch(self, work: ShardWork, error: torch.OutOfMemoryError) -> int:
+        """Half the batch, once; ranks that share a layer cannot change it one by one."""
+        if self._batch == 1 or self._batch < self._task.batch_sequences or self._ranks.size > 1:
+            raise ConfigError(
+                f"{work}: out of GPU memory with batches of {self._batch} (record.batch_sequences="
+                f"{self._task.batch_sequences}); lower it, or set record.schedule=sweep with a lower record.memory_gb"
+            ) from error
+        return min(self._batch, self._task.shard_sequences, self._sample.sequences) // 2 or 1
 
-    def _sampled(self, sequence: int) -> np.ndarray:
-        count, length = self._tokens_ST.shape
-        return sampled_positions(self._task.seed, sequence, count, self._task.sampled_tokens, length)
+    def _record(self, work: ShardWork) -> ShardDone:
+        task, block, sequences = self._task, work.block, self._sequences(work)
+        observed = self._with_block(block)
+        if block.is_first:
+            values = torch.from_numpy(self._tokens_ST[sequences.start : sequences.stop].copy())
+        else:
+            values = boundary.read(task.recording, block.first, work.shard)
+        with ShardWriter(task.recording, work.shard, self._sample.origin(sequences), task.signal_dtype) as writer:
+            after = observed.run(values, sequences, self._sample, self._batch, writer.hand_over)
+            written = self._commit(work, observed, writer)
+        if after is not None:
+            written += boundary.write(task.recording, block.stop, work.shard, after)
+        if not block.is_first:
+            boundary.delete(task.recording, block.first, work.shard)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        return ShardDone(len(sequences) * self._sample.length, written, peak)
 
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        """Flat indices of the sampled tokens of a batch."""
-        length = self._tokens_ST.shape[1]
-        rows = [(sequence - start) * length + self._sampled(sequence) for sequence in range(start, stop)]
-        return torch.from_numpy(np.concatenate(rows))
-
-    def _origin(self, first: int, last: int) -> Mapping[str, np.ndarray]:
-        """Sequence and position of the sampled tokens of a shard."""
-        positions = [self._sampled(sequence) for sequence in range(first, last)]
-        sequences = np.repeat(np.arange(first, last), [len(chosen) for chosen in positions])
-        return {"sequence": sequences.astype(np.int32), "position": np.concatenate(positions).astype(np.int32)}
-
-    def _write(self, work: ShardWork, origin: Mapping[str, np.ndarray]) -> int:
-        task, recording, written = self._task, self._task.recording, 0
-        for site, observer in self._observers.items():
-            observer.check(site, work.shard)
-            units = Slice(0, observer.width)
-            signals = {name: observer.stored(name) for name in observer.signals}
-            table = SignalTable(signals, origin, task.signal_dtype)
-            part = {
-                "start": units.start,
-                "stop": units.stop,
-                "signals": recording.write_signals(site, work.shard, units, table),
-                "moments": recording.write_moments(site, work.shard, units, observer.moments()),
-            }
-            recording.commit(site, work.shard, observer.width, task.signal_dtype, [part])
-            written += sum(int(part[kind]["bytes"]) for kind in ("signals", "moments"))
+    def _commit(self, work: ShardWork, observed: ObservedBlock, writer: ShardWriter) -> int:
+        """Commit each site once it is written, in the order of the layers; returns the bytes written."""
+        written = 0
+        for site, part in writer.parts():
+            parts = self._ranks.collect(part)
+            if parts:
+                width = observed.observers[site].width
+                self._task.recording.commit(site, work.shard, width, self._task.signal_dtype, parts)
+            written += sum(int(part[kind]["bytes"]) for part in parts for kind in ("signals", "moments"))
         return written
 
+    def _sequences(self, work: ShardWork) -> range:
+        """The sequences of a shard.
 
-def sampled_positions(seed: int, sequence: int, num_sequences: int, tokens: int, length: int) -> np.ndarray:
-    """Positions sampled from one sequence: stratified over sequences, the same for all sites and any worker.
+        Raises:
+            DataError: the tokens end before the shard begins.
+        """
+        first, count = work.shard * self._task.shard_sequences, self._sample.sequences
+        if first >= count:
+            raise DataError(
+                f"{self._task.tokens_path} has {count} sequences, {work} begins at number {first}; "
+                "the file is not the one the run was planned with: run the same command again"
+            )
+        return range(first, min(first + self._task.shard_sequences, count))
 
-    The first position is never taken: it acts as an attention sink with activations of another scale.
-
-    Args:
-        seed: seed of the run.
-        sequence: index of the sequence.
-        num_sequences: number of calibration sequences.
-        tokens: tokens sampled over all sequences.
-        length: tokens per sequence.
-
-    Returns:
-        Sorted positions; ``tokens // num_sequences`` of them, one more for the first ``tokens % num_sequences``.
-    """
-    quota = tokens // num_sequences + (1 if sequence < tokens % num_sequences else 0)
-    generator = np.random.default_rng((seed, sequence))
-    return np.sort(1 + generator.choice(length - 1, size=quota, replace=False))
+    def _with_block(self, block: Block) -> ObservedBlock:
+        """The block under observation; the weights of another block are dropped first."""
+        if self._observed is None or self._observed.block != block:
+            self._observed = None
+            task = self._task
+            self._observed = ObservedBlock(task.model_dir, task.numerics, block, self._ranks, task.signal_dtype)
+        return self._observed

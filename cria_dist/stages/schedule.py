@@ -4,18 +4,27 @@
 ``pipeline``: every worker keeps one block and the shards pass through. ``tensor``: several workers share every layer.
 """
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from cria_dist.config import RunConfig
+from cria_dist.errors import ConfigError
 from cria_dist.models.blocks import Block, partition
-from cria_dist.models.family import ModelDict, family_of
+from cria_dist.models.family import ModelDict
+from cria_dist.models.tensor_parallel import tensor_ranks_problem
 from cria_dist.pool import Flow, Pool
 from cria_dist.records import Site
+from cria_dist.stages import memory
+from cria_dist.stages.footprint import Footprint, Workload, in_units
 from cria_dist.stages.record import ShardWork
 
-Kind = Literal["replicate", "sweep", "pipeline", "tensor"]
+Kind = Literal["replicate", "pipeline", "sweep", "tensor"]
+KINDS: tuple[Kind, ...] = ("replicate", "pipeline", "sweep", "tensor")
+"""In the order ``auto`` tries them: the first moves the fewest bytes."""
+Layout = tuple[tuple[Block, ...], int]
+"""Blocks, and the workers that share a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,58 @@ def choose(config: RunConfig, model_config: ModelDict, pool: Pool) -> Schedule:
     Raises:
         ConfigError: no schedule fits, or the one asked for does not.
     """
-    del pool
-    total = len({site.layer for site in family_of(model_config).widths(model_config)})
-    return Schedule("replicate", partition(total, 1), "every worker holds the whole model")
+    return decide(Workload(config, model_config), pool.workers, memory.of_worker(config, pool), config.record.schedule)
+
+
+def decide(work: Workload, workers: int, available: int, wanted: Kind | Literal["auto"] = "auto") -> Schedule:
+    """The schedule asked for, or the first that fits of replicate, pipeline, sweep, tensor.
+
+    Args:
+        work: model and recording, in numbers.
+        workers: how many there are.
+        available: bytes each of them may use.
+        wanted: a schedule, or ``auto``.
+
+    Raises:
+        ConfigError: no schedule fits, or the one asked for does not.
+    """
+    if wanted != "auto":
+        _check_workers(work, workers, wanted)
+    need = work.footprint(Block(0, work.layers, work.layers))
+    why = f"{need} {'fit' if need.total <= available else '>'} {in_units(available)} per worker"
+    for kind in KINDS if wanted == "auto" else (wanted,):
+        layout = best_layout(kind, work, workers, available)
+        if layout is not None and peak(work, *layout).total <= available:
+            return Schedule(kind, layout[0], f"{why}; {in_words(kind, layout, workers)}", layout[1])
+    raise ConfigError(_nothing_fits(work, workers, available, wanted))
+
+
+def best_layout(kind: Kind, work: Workload, workers: int, available: int) -> Layout | None:
+    """The longest blocks that fit, or the shortest there are; layers are shared by as many workers as can."""
+    layout = None
+    for layout in _layouts(kind, work, workers):
+        if peak(work, *layout).total <= available:
+            break
+    return layout
+
+
+def peak(work: Workload, blocks: tuple[Block, ...], ranks: int) -> Footprint:
+    """Memory of the worker that needs most."""
+    return max((work.footprint(block, ranks) for block in blocks), key=lambda need: need.total)
+
+
+def in_words(kind: Kind, layout: Layout, workers: int) -> str:
+    """Who holds what."""
+    blocks, ranks = layout
+    lengths = sorted({block.stop - block.first for block in blocks})
+    layers = f"{'-'.join(map(str, lengths))} layer{'s' if lengths != [1] else ''}"
+    if kind == "replicate":
+        return f"each of {workers} workers holds the whole model" if workers > 1 else "one worker holds the whole model"
+    if kind == "pipeline":
+        return f"{len(blocks)} workers hold {layers} each"
+    if kind == "tensor":
+        return f"{ranks} workers share every layer"
+    return f"{len(blocks)} block{'s' if len(blocks) > 1 else ''} of {layers}, one after the other"
 
 
 def pending(
@@ -79,8 +137,57 @@ def flow(schedule: Schedule, items: list[ShardWork]) -> Flow[ShardWork]:
     after = {item: ShardWork(item.shard, _before(schedule, item.block)) for item in items if not item.block.is_first}
     known = set(items)
     homes = {item: schedule.blocks.index(item.block) for item in items} if schedule.kind == "pipeline" else {}
-    return Flow({item: earlier for item, earlier in after.items() if earlier in known}, homes)
+    return Flow({item: earlier for item, earlier in after.items() if earlier in known}, homes, ranks=schedule.ranks)
 
 
 def _before(schedule: Schedule, block: Block) -> Block:
     return schedule.blocks[schedule.blocks.index(block) - 1]
+
+
+def _layouts(kind: Kind, work: Workload, workers: int) -> Iterator[Layout]:
+    """What a schedule may use, the best first, the smallest last."""
+    whole = partition(work.layers, 1)
+    if kind == "replicate":
+        yield whole, 1
+    elif kind == "pipeline":
+        if workers > 1:
+            yield partition(work.layers, min(workers, work.layers)), 1
+    elif kind == "sweep":
+        for count in range(1, work.layers + 1):
+            yield partition(work.layers, count), 1
+    else:
+        legal = (ranks for ranks in range(workers, 1, -1) if tensor_ranks_problem(work.model_config, ranks) is None)
+        yield from ((whole, ranks) for ranks in itertools.islice(legal, 1))
+
+
+def _check_workers(work: Workload, workers: int, kind: Kind) -> None:
+    """Refuse a schedule that this number of workers cannot carry out."""
+    if kind in ("pipeline", "tensor") and workers < 2:
+        raise ConfigError(
+            f"record.schedule={kind} needs at least 2 workers and there is 1; raise run.workers or use "
+            "record.schedule=sweep"
+        )
+    if kind == "pipeline" and workers > work.layers:
+        raise ConfigError(
+            f"record.schedule=pipeline gives every worker at least one layer, and {workers} workers are more than the "
+            f"{work.layers} layers; set run.workers={work.layers} or record.schedule=auto"
+        )
+    problem = tensor_ranks_problem(work.model_config, workers) if kind == "tensor" else None
+    if problem is not None:
+        raise ConfigError(f"record.schedule=tensor: {problem} as run.workers, or use record.schedule=auto")
+
+
+def _nothing_fits(work: Workload, workers: int, available: int, wanted: Kind | Literal["auto"]) -> str:
+    """The smallest layout there is, what it needs, and what to do."""
+    smallest = [best_layout(kind, work, workers, 0) for kind in (KINDS if wanted == "auto" else (wanted,))]
+    blocks, ranks = min((layout for layout in smallest if layout), key=lambda layout: peak(work, *layout).total)
+    need = peak(work, blocks, ranks)
+    what = "one layer" if len(blocks) == work.layers else f"record.schedule={wanted}"
+    sharing = f" shared by {ranks} workers" if ranks > 1 else ""
+    other = "" if wanted in ("auto", "sweep", "tensor") else "use record.schedule=auto, "
+    dtype = "" if work.itemsize < 4 else "set model.dtype=bfloat16, "
+    return (
+        f"{what}{sharing} needs {in_units(need.total)} per worker ({need}) and there are {in_units(available)}; "
+        f"{other}{dtype}lower record.batch_sequences or record.shard_sequences, or raise record.memory_gb "
+        "or the memory of the workers"
+    )

@@ -1,48 +1,122 @@
-"""Documents of a corpus, one at a time: local files, hub data sets, the built-in text."""
+"""Items of a corpus, one at a time: rows of local files and hub data sets, paragraphs of text, the built-in text."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cria_dist.config import CorpusConfig
 from cria_dist.errors import ConfigError, DataError
+from cria_dist.stages.lines import Rows, json_rows, paragraphs
 
 SEPARATOR = "\n\n"
 STRETCH = 1 << 16
-"""Characters of a hub data set that go to one part before the other has its turn."""
-Placed = Iterator[tuple[float, str]]
-"""Documents with the place in the source at which each begins: 0 is its start, 1 its end."""
+"""Characters (or bytes of decoded images) of a hub data set that go to one part before the other has its turn."""
+BATCH = 64
+"""Rows of a Parquet file decoded at a time."""
+
+Item = TypeVar("Item", str, NDArray[np.uint8])
+"""A document, or the RGB values of an image."""
+Where = Callable[[], str]
+"""Names a value in messages: field, source and row."""
+Convert = Callable[[Any, Where], Item | None]
+"""Makes an item of a field's value; None leaves the row out."""
 
 
 def read_documents(corpus: CorpusConfig) -> Iterator[str]:
-    """Documents of a corpus, one at a time and in a fixed order.
+    """Documents of a corpus of plain text, see :func:`read_items`."""
+    return read_items(corpus, plain_text)
 
-    A document is a paragraph of a ``.txt`` file (blank lines separate them), a row of a ``.jsonl`` or ``.parquet`` file
-    or of a hub data set, or a paragraph of ``builtin:pydoc`` (the language reference of the running Python). A local
-    folder that ``datasets.load_dataset`` understands is read like a hub data set.
+
+def read_items(corpus: CorpusConfig, convert: Convert[Item]) -> Iterator[Item]:
+    """Items of a corpus, one at a time and in a fixed order; reads no further than it is asked.
+
+    An item is made of a paragraph of a ``.txt`` file (blank lines separate them), of a row of a ``.jsonl`` or
+    ``.parquet`` file or of a hub data set, or of a paragraph of ``builtin:pydoc`` (the language reference of the
+    running Python). A local folder that ``datasets.load_dataset`` understands is read like a hub data set.
 
     ``part`` cuts at half the bytes of a ``.txt`` or ``.jsonl`` file, half the rows of a ``.parquet`` file, half the
     characters of the built-in text. A hub data set is streamed and its length unknown: stretches of 65,536 characters
-    (whole documents) are dealt in turn to the first and the second part.
+    or bytes of pixels (whole items) are dealt in turn to the first and the second part.
 
     Raises:
-        ConfigError: the kind of source or the field does not exist.
-        DataError: the text cannot be read; raised during the iteration.
+        ConfigError: the kind of source or the field does not exist, or an option does not apply to the source.
+        DataError: the source cannot be read; raised during the iteration.
     """
     reader = _reader(corpus.source)
-    wanted = {"all": (0.0, np.inf), "first": (0.0, 0.5), "second": (0.5, np.inf)}
-    start, stop = wanted[corpus.part]
-    return (document for place, document in reader(corpus) if start <= place < stop)
+    if corpus.format == "chat" and reader in (paragraphs, _pydoc_paragraphs):
+        raise ConfigError(f'source={corpus.source!r} is plain text without messages; set format="text"')
+    if corpus.revision is not None and (reader is not _hub_rows or Path(corpus.source).exists()):
+        raise ConfigError(f"revision={corpus.revision!r} is for hub data sets; leave it out for {corpus.source}")
+    cut = _deal if reader is _hub_rows else _halve
+    return cut(reader(corpus), corpus, convert)
 
 
-def _reader(source: str) -> Callable[[CorpusConfig], Placed]:
+def plain_text(value: Any, where: Where) -> str | None:
+    """A field's text; None when it is null.
+
+    Raises:
+        ConfigError: the field holds something else, messages or images for instance.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    remedy = "name a field of text"
+    if isinstance(value, list):
+        remedy += ', or set format="chat" if these are the messages of a conversation'
+    is_image = isinstance(value, dict) and {"bytes", "path"} <= value.keys()
+    kind = "images" if is_image else type(value).__name__
+    raise ConfigError(f"{where()} holds {kind}, not text; {remedy}")
+
+
+def _halve(rows: Rows, corpus: CorpusConfig, convert: Convert[Item]) -> Iterator[Item]:
+    start, stop = {"all": (0.0, math.inf), "first": (0.0, 0.5), "second": (0.5, math.inf)}[corpus.part]
+    for place, name, row in rows:
+        if place >= stop:
+            return
+        item = _item(row, name, corpus, convert) if place >= start else None
+        if item is not None:
+            yield item
+
+
+def _deal(rows: Rows, corpus: CorpusConfig, convert: Convert[Item]) -> Iterator[Item]:
+    turn, size = "first", 0
+    for _, name, row in rows:
+        item = _item(row, name, corpus, convert)
+        if item is None:
+            continue
+        if corpus.part in ("all", turn):
+            yield item
+        size += len(item) if isinstance(item, str) else item.nbytes
+        if size >= STRETCH:
+            turn, size = "second" if turn == "first" else "first", 0
+
+
+def _item(row: Any, name: Callable[[], str], corpus: CorpusConfig, convert: Convert[Item]) -> Item | None:
+    if isinstance(row, dict):
+        _require_field(row, corpus)
+        row = row[corpus.field]
+    return convert(row, functools.partial(_where, corpus, name))
+
+
+def _where(corpus: CorpusConfig, name: Callable[[], str]) -> str:
+    return f"field={corpus.field!r} of {corpus.source} {name()}"
+
+
+def _require_field(names: Iterable[str], corpus: CorpusConfig) -> None:
+    there = list(names)
+    if corpus.field not in there:
+        raise ConfigError(f"field={corpus.field!r} is not in {corpus.source}; it has: {', '.join(map(repr, there))}")
+
+
+def _reader(source: str) -> Callable[[CorpusConfig], Rows]:
     if source.startswith("builtin:"):
         if source != "builtin:pydoc":
             raise ConfigError(f"source={source!r} is not a built-in text; there is builtin:pydoc")
-        return _read_pydoc
+        return _pydoc_paragraphs
     path = Path(source)
     if path.suffix in FILE_READERS and not path.is_dir():
         if not path.is_file():
@@ -50,10 +124,10 @@ def _reader(source: str) -> Callable[[CorpusConfig], Placed]:
         return FILE_READERS[path.suffix]
     if path.is_file():
         raise ConfigError(f"source={source!r} is of no known kind; files end in {', '.join(FILE_READERS)}")
-    return _read_hub
+    return _hub_rows
 
 
-def _read_pydoc(_: CorpusConfig) -> Placed:
+def _pydoc_paragraphs(_: CorpusConfig) -> Rows:
     """Unique paragraphs: the topics quote each other, so halves of the plain text would share whole sections."""
     from pydoc_data.topics import topics
 
@@ -64,102 +138,54 @@ def _read_pydoc(_: CorpusConfig) -> Placed:
     unique.pop("", None)
     total, position = sum(map(len, unique.values())), 0
     for paragraph in unique.values():
-        yield position / total, paragraph
+        yield position / total, str, paragraph
         position += len(paragraph)
 
 
-def _read_txt(corpus: CorpusConfig) -> Placed:
-    place, paragraph = 0.0, list[str]()
-    for at, _, text in _lines(corpus):
-        if text.strip():
-            place = place if paragraph else at
-            paragraph.append(text)
-        elif paragraph:
-            yield place, "\n".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield place, "\n".join(paragraph)
-
-
-def _read_jsonl(corpus: CorpusConfig) -> Placed:
-    for place, number, line in _lines(corpus):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{corpus.source} line {number} is not JSON ({error}); correct or delete it") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{corpus.source} line {number} is not a JSON object; write one object per line")
-        yield from _placed_text(place, row, corpus)
-
-
-def _lines(corpus: CorpusConfig) -> Iterator[tuple[float, int, str]]:
-    """Lines of a UTF-8 file with their place and number, without the line end and the byte order mark."""
-    path = Path(corpus.source)
-    size, position = path.stat().st_size, 0
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            try:
-                text = line.decode("utf-8-sig").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path} line {number} is not UTF-8 ({error.reason}); convert the file") from error
-            yield position / size, number, text
-            position += len(line)
-
-
-def _read_parquet(corpus: CorpusConfig) -> Placed:
+def _parquet_rows(corpus: CorpusConfig) -> Rows:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(corpus.source) as file:
-            rows, row = file.metadata.num_rows, 0
+        with parquet.ParquetFile(corpus.source, buffer_size=1 << 20) as file:
             _require_field(file.schema_arrow.names, corpus)
-            for batch in file.iter_batches(batch_size=1024, columns=[corpus.field]):
-                for record in batch.to_pylist():
-                    yield from _placed_text(row / rows, record, corpus)
-                    row += 1
-    except (pa.ArrowException, OSError) as error:
+            rows, row = file.metadata.num_rows, 0
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if corpus.part == "second" and row + size <= rows // 2:
+                    row += size
+                    continue
+                for batch in file.iter_batches(BATCH, row_groups=[group], columns=[corpus.field]):
+                    for record in batch.to_pylist():
+                        yield row / rows, functools.partial(_row_name, row), record
+                        row += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{corpus.source} is not a readable Parquet file ({error}); write it again") from error
 
 
-def _read_hub(corpus: CorpusConfig) -> Placed:
+def _hub_rows(corpus: CorpusConfig) -> Rows:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    place, characters = 0.0, 0
     try:
-        rows: Any = load_dataset(corpus.source, corpus.subset, split=corpus.split, streaming=True)
-        for row in rows:
-            for _, text in _placed_text(place, row, corpus):
-                yield place, text
-                characters += len(text)
-                if characters >= STRETCH:
-                    place, characters = 0.5 - place, 0
+        rows: Any = load_dataset(
+            corpus.source, corpus.subset, split=corpus.split, revision=corpus.revision, streaming=True
+        )
+        if rows.features:
+            rows = rows.decode(False)  # images stay bytes
+        for number, row in enumerate(rows):
+            yield 0.0, functools.partial(_row_name, number), row
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(
-            f"source={corpus.source!r} (subset {corpus.subset!r}, split {corpus.split!r}) is neither a local file nor "
-            f"a hub data set that can be read here ({reason}); check the name, or give a local file"
+            f"source={corpus.source!r} (subset {corpus.subset!r}, split {corpus.split!r}, revision "
+            f"{corpus.revision!r}) is neither a local file nor a hub data set that can be read here ({reason}); "
+            "check the name, or give a local file"
         ) from error
 
 
-def _require_field(names: Iterable[str], corpus: CorpusConfig) -> None:
-    there = list(names)
-    if corpus.field not in there:
-        raise ConfigError(f"field={corpus.field!r} is not in {corpus.source}; it has: {', '.join(map(repr, there))}")
+def _row_name(row: int) -> str:
+    return f"row {row} (from 0)"
 
 
-def _placed_text(place: float, row: Mapping[str, Any], corpus: CorpusConfig) -> Placed:
-    """The row's text; nothing when it is null."""
-    _require_field(row, corpus)
-    text = row[corpus.field]
-    if isinstance(text, str):
-        yield place, text
-    elif text is not None:
-        kind = type(text).__name__
-        raise ConfigError(f"field={corpus.field!r} of {corpus.source} holds {kind}, not text; name a field of text")
-
-
-FILE_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+FILE_READERS = {".txt": paragraphs, ".jsonl": json_rows, ".parquet": _parquet_rows}

@@ -7,8 +7,7 @@ Shapes: T tokens, N units of the file.
 """
 
 import hashlib
-import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,19 +15,40 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cria_dist.errors import DataError
-from cria_dist.records import ActivationShard
 
 SCHEMA_VERSION = "2"
 WORDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 TILE_UNITS = 8192
+COLUMN_SLACK_BYTES = 1 << 16
+"""Per column, for page headers and its entry in the footer; lz4 adds at most 1/255 to what it cannot compress."""
 
 Tiles = list[tuple[int, np.ndarray]]
 """Blocks of a signal, each with its first unit: words [T, n], views of the decompressed file."""
 
 
 @dataclass(frozen=True, slots=True)
+class StoredSignals:
+    """What a file gives back.
+
+    Attributes:
+        tiles: by signal name, views of the decompressed columns.
+        tokens: integer columns per token (sequence, position), [T].
+        known: every signal of the file, read or not.
+    """
+
+    tiles: Mapping[str, Tiles]
+    tokens: Mapping[str, np.ndarray]
+    known: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Sampled tokens."""
+        return len(next(iter(self.tokens.values())))
+
+
+@dataclass(frozen=True, slots=True)
 class SignalTable:
-    """What one file holds.
+    """What one file is made of.
 
     Attributes:
         signals: by signal name, [T, N] in the words of ``dtype`` (bfloat16 as uint16).
@@ -46,12 +66,31 @@ class SignalTable:
         return len(next(iter(self.tokens.values())))
 
 
-def encode(table: SignalTable, site_key: str) -> bytes:
+def encode(table: SignalTable, site_key: str) -> memoryview:
     """The bytes of one Parquet file.
+
+    They are written into a buffer of their largest possible size: pages of it that stay empty take no memory, and a
+    buffer that grew would be copied (of 200 MB that took as long as encoding).
 
     Raises:
         DataError: a signal does not have the words of the data type.
     """
+    arrow = _arrow_table(table, site_key)
+    target = pa.allocate_buffer(arrow.nbytes + arrow.nbytes // 255 + COLUMN_SLACK_BYTES * (arrow.num_columns + 1))
+    sink = pa.FixedSizeBufferWriter(target)
+    pq.write_table(
+        arrow,
+        sink,
+        compression="lz4",
+        use_dictionary=False,
+        write_statistics=False,
+        row_group_size=max(table.rows, 1),
+    )
+    return memoryview(target)[: sink.tell()]
+
+
+def _arrow_table(table: SignalTable, site_key: str) -> pa.Table:
+    """The signals as Arrow columns, without a copy of contiguous ones."""
     columns = {name: pa.array(values) for name, values in table.tokens.items()}
     width = next(iter(table.signals.values())).shape[1]
     for name, words_TN in table.signals.items():
@@ -61,7 +100,7 @@ def encode(table: SignalTable, site_key: str) -> bytes:
                 f"{WORDS[table.dtype]}"
             )
         for start in range(0, width, TILE_UNITS):
-            columns[f"{name}.{start:05d}"] = _binary_column(words_TN[:, start : start + TILE_UNITS])
+            columns[f"{name}.{start:05d}"] = binary_column(words_TN[:, start : start + TILE_UNITS])
     metadata = {
         "cria.schema_version": SCHEMA_VERSION,
         "cria.dtype": table.dtype,
@@ -69,58 +108,61 @@ def encode(table: SignalTable, site_key: str) -> bytes:
         "cria.width": str(width),
         "cria.signals": ",".join(table.signals),
     }
-    sink = io.BytesIO()
-    pq.write_table(
-        pa.table(columns).replace_schema_metadata(metadata),
-        sink,
-        compression="lz4",
-        use_dictionary=False,
-        write_statistics=False,
-        row_group_size=max(table.rows, 1),
-    )
-    return sink.getvalue()
+    return pa.table(columns).replace_schema_metadata(metadata)
 
 
-def _binary_column(words_TN: np.ndarray) -> pa.Array:
+def binary_column(words_TN: np.ndarray) -> pa.Array:
+    """One fixed-size value per token; a view of contiguous words."""
     contiguous = np.ascontiguousarray(words_TN)
     binary = pa.binary(contiguous.shape[1] * contiguous.itemsize)
     return pa.Array.from_buffers(binary, len(contiguous), [None, pa.py_buffer(contiguous)])
 
 
-def decode(content: bytes, shard: ActivationShard, sha256: str) -> dict[str, Tiles]:
-    """The signals of one file, by name, as views of its decompressed columns.
+def decode(content: bytes, path: str, sha256: str, only: Collection[str] = ()) -> StoredSignals:
+    """Inverse of :func:`encode`.
+
+    Args:
+        content: the file.
+        path: its name, for messages.
+        sha256: what the commit record says of it.
+        only: read these signals; by default all.
 
     Raises:
         DataError: these are not the recorded bytes, or they are of another schema version.
     """
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(
-            f"{shard.path} is not what was recorded (sha256 differs); delete it and run the same command again"
-        )
-    table = pq.read_table(pa.BufferReader(content))
-    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        raise DataError(f"{path} is not what was recorded (sha256 differs); delete it and run the same command again")
+    file = pq.ParquetFile(pa.BufferReader(content))
+    metadata = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
     if metadata.get("cria.schema_version") != SCHEMA_VERSION:
         raise DataError(
-            f"{shard.path} has schema version {metadata.get('cria.schema_version')}, this is {SCHEMA_VERSION}"
+            f"{path} has schema version {metadata.get('cria.schema_version')}, this version reads {SCHEMA_VERSION}; "
+            "record into another folder"
         )
-    tiles: dict[str, Tiles] = {}
-    for name in metadata["cria.signals"].split(","):
-        for column in (one for one in table.column_names if one.startswith(f"{name}.")):
-            words_TN = _words(table.column(column).combine_chunks(), WORDS[shard.dtype])
-            tiles.setdefault(name, []).append((int(column.rpartition(".")[2]), words_TN))
-    return tiles
+    words = WORDS[metadata["cria.dtype"]]
+    known = tuple(metadata["cria.signals"].split(","))
+    wanted = [name for name in known if not only or name in only]
+    columns = {name: [one for one in file.schema_arrow.names if one.startswith(f"{name}.")] for name in wanted}
+    tokens = [name for name in file.schema_arrow.names if "." not in name]
+    table = file.read([*tokens, *(one for names in columns.values() for one in names)])
+    tiles = {
+        name: [(int(one.rpartition(".")[2]), _words(table.column(one), words)) for one in names]
+        for name, names in columns.items()
+    }
+    return StoredSignals(tiles, {name: table.column(name).to_numpy() for name in tokens}, known)
 
 
-def _words(column: pa.Array, words: np.dtype) -> np.ndarray:
-    """View of a binary column as [T, n]; no copy."""
+def _words(chunks: pa.ChunkedArray, words: np.dtype) -> np.ndarray:
+    """View of a binary column as [T, n]; no copy, for a row group is one chunk."""
+    column = chunks.chunk(0) if chunks.num_chunks == 1 else chunks.combine_chunks()
     width = column.type.byte_width // words.itemsize
     flat = np.frombuffer(column.buffers()[1], words)
     return flat[column.offset * width : (column.offset + len(column)) * width].reshape(len(column), width)
 
 
 def to_float32(words_TN: np.ndarray, dtype: str, target_TN: np.ndarray) -> None:
-    """Convert stored words into ``target_TN`` (float32, any strides)."""
+    """Convert stored words into ``target_TN`` (float32, any strides) without a temporary of their size."""
     if dtype == "bfloat16":
-        target_TN[...] = (words_TN.astype(np.uint32) << 16).view(np.float32)
+        np.left_shift(words_TN, np.uint32(16), out=target_TN.view(np.uint32))
     else:
         target_TN[...] = words_TN

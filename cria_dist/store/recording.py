@@ -5,7 +5,8 @@ Shapes: N units, M sampled tokens.
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,14 @@ import numpy as np
 
 from cria_dist import files
 from cria_dist.errors import DataError
-from cria_dist.records import ActivationShard, Moments, Site
+from cria_dist.records import Moments, Site
 from cria_dist.store import activations, moments
+from cria_dist.store.names import FOLDERS, MANIFEST, Slice, commit_name, commit_of, moments_name, signals_name
 from cria_dist.store.storage import LocalStorage, Storage
 
-SCHEMA_VERSION = 2
-MANIFEST = "manifest.json"
-FOLDERS = ("activations", "moments")
+__all__ = ["Recording", "Slice", "adopt"]
 
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Units ``start`` to ``stop - 1`` of a site: all of them, or those of one tensor-parallel rank."""
-
-    start: int
-    stop: int
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,37 +40,46 @@ class Recording:
     def write_signals(self, site: Site, shard: int, units: Slice, table: activations.SignalTable) -> dict[str, object]:
         """Store the signals of one (site, shard); returns rows, bytes and sha256 for the commit record."""
         content = activations.encode(table, site.key)
-        self.storage.write(_file("activations", site, shard, units, "parquet"), content)
-        return {"rows": table.rows, **files.facts(content)}
+        return {"rows": table.rows, **self._store(signals_name(site, shard, units), content)}
 
     def write_moments(
         self, site: Site, shard: int, units: Slice, sums: tuple[int, np.ndarray, np.ndarray]
     ) -> dict[str, object]:
         """Store count, total [units] and Gram rows [units, N] of one (site, shard); returns bytes and sha256."""
-        content = moments.encode(*sums)
-        self.storage.write(_file("moments", site, shard, units, "safetensors"), content)
-        return files.facts(content)
+        content = moments.encode(*sums, units.start)
+        return self._store(moments_name(site, shard, units), content)
 
     def commit(self, site: Site, shard: int, width: int, dtype: str, parts: Sequence[Mapping[str, Any]]) -> None:
         """Declare a (site, shard) finished; ``parts`` cover the units in order, one per slice."""
-        record = {"digest": self.digest, "width": width, "dtype": dtype, "parts": list(parts)}
-        self.storage.write(_commit(site, shard), files.to_json(record))
+        record = {
+            "schema": SCHEMA_VERSION,
+            "digest": self.digest,
+            "width": width,
+            "dtype": dtype,
+            "parts": list(parts),
+        }
+        self.storage.write(commit_name(site, shard), files.to_json(record))
 
     def committed(self) -> set[tuple[Site, int]]:
-        """Every (site, shard) finished by a run with the same digest whose files still have their sizes."""
+        """Every (site, shard) finished by a run with the same digest whose files still have their sizes.
+
+        Raises:
+            DataError: a commit record is damaged.
+        """
         sizes = self._sizes()
         found: set[tuple[Site, int]] = set()
         for name in self.storage.sizes("commits"):
-            _, key, file = name.split("/")
-            site, shard = Site.from_key(key), int(file.removesuffix(".json").removeprefix("shard-"))
-            record = self._read(name)
-            if record.get("digest") == self.digest and _is_whole(site, shard, record, sizes):
-                found.add((site, shard))
+            record, whose = self._read(name), commit_of(name)
+            of_ours = (record.get("schema"), record.get("digest")) == (SCHEMA_VERSION, self.digest)
+            if whose and of_ours and _is_whole(*whose, record, sizes):
+                found.add(whose)
         return found
 
     def write_manifest(self, sites: Iterable[Site], shards: int) -> None:
         """Merge the commit records, in order, into the manifest."""
-        commits = {site.key: [self._read(_commit(site, shard)) for shard in range(shards)] for site in sorted(sites)}
+        commits = {
+            site.key: [self._read(commit_name(site, shard)) for shard in range(shards)] for site in sorted(sites)
+        }
         record = {"schema": SCHEMA_VERSION, "digest": self.digest, "sites": commits}
         self.storage.write(MANIFEST, files.to_json(record))
 
@@ -105,29 +108,46 @@ class Recording:
             )
         return manifest
 
+    def shards(self, site: Site, only: Collection[str] = ()) -> Iterator[tuple[Slice, activations.StoredSignals]]:
+        """The files of a site in the order of its tokens, one at a time: units of the slice and what is stored.
+
+        Args:
+            site: the site.
+            only: read these signals; by default all.
+
+        Raises:
+            DataError: a file is missing or damaged; the message names it.
+        """
+        for shard, commit in enumerate(self._commits(site)):
+            for part in commit["parts"]:
+                units = Slice(part["start"], part["stop"])
+                name = signals_name(site, shard, units)
+                content, sha256 = self.storage.read(name), part["signals"]["sha256"]
+                yield units, activations.decode(content, self.storage.where(name), sha256, only)
+
     def signals(self, site: Site) -> dict[str, np.ndarray]:
-        """All sampled tokens of a site, float32 [N, M] by signal name, in token order."""
-        commits = self._commits(site)
-        width, tokens = commits[0]["width"], sum(commit["parts"][0]["signals"]["rows"] for commit in commits)
+        """All sampled tokens of a site, float32 [N, M] by signal name, in token order.
+
+        Takes the memory of the result and of one file.
+        """
+        width, tokens, dtype = self.shape(site)
         whole: dict[str, np.ndarray] = {}
         first = 0
-        for shard, commit in enumerate(commits):
-            for part in commit["parts"]:
-                units, rows = Slice(part["start"], part["stop"]), part["signals"]["rows"]
-                name = _file("activations", site, shard, units, "parquet")
-                pointer = ActivationShard(
-                    site, shard, self.storage.where(name), rows, units.stop - units.start, commit["dtype"]
-                )
-                content = self.storage.read(name)
-                for signal, tiles in activations.decode(content, pointer, part["signals"]["sha256"]).items():
-                    target_NM = whole.setdefault(signal, np.empty((width, tokens), dtype=np.float32))
-                    for start, words_TN in tiles:
-                        at = units.start + start
-                        activations.to_float32(
-                            words_TN, commit["dtype"], target_NM[at : at + words_TN.shape[1], first : first + rows].T
-                        )
-            first += commit["parts"][0]["signals"]["rows"]
+        for units, stored in self.shards(site):
+            for signal, tiles in stored.tiles.items():
+                target_NM = whole.setdefault(signal, np.empty((width, tokens), dtype=np.float32))
+                for start, words_TN in tiles:
+                    at, rows = units.start + start, len(words_TN)
+                    target_TN = target_NM[at : at + words_TN.shape[1], first : first + rows].T
+                    activations.to_float32(words_TN, dtype, target_TN)
+            first += stored.rows if units.stop == width else 0
         return whole
+
+    def shape(self, site: Site) -> tuple[int, int, str]:
+        """Units, sampled tokens and data type of a site's signals."""
+        commits = self._commits(site)
+        tokens = sum(commit["parts"][0]["signals"]["rows"] for commit in commits)
+        return commits[0]["width"], tokens, commits[0]["dtype"]
 
     def moments(self, site: Site) -> Moments:
         """Moments of a site over all calibration tokens: float64 sums over shards in their order."""
@@ -137,15 +157,23 @@ class Recording:
         for shard, commit in enumerate(commits):
             for part in commit["parts"]:
                 units = Slice(part["start"], part["stop"])
-                name = _file("moments", site, shard, units, "safetensors")
+                name = moments_name(site, shard, units)
                 sums = moments.decode(self.storage.read(name), self.storage.where(name), part["moments"]["sha256"])
-                total_N[units.start : units.stop] += sums[1]
-                gram_NN[units.start : units.stop] += sums[2]
-            count += sums[0]
+                total_N[units.start : units.stop] += sums.total_U
+                sums.add_to(gram_NN)
+                count += sums.count if units.stop == width else 0
+        moments.mirror(gram_NN)
         return Moments(count, total_N, gram_NN)
 
     def _commits(self, site: Site) -> list[dict[str, Any]]:
         return self.manifest()["sites"][site.key]
+
+    def _store(self, name: str, content: files.Content) -> dict[str, object]:
+        """Write and hash at the same time: neither holds the interpreter's lock, and each takes as long as encoding."""
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            facts = hasher.submit(files.facts, content)
+            self.storage.write(name, content)
+            return facts.result()
 
     def _sizes(self) -> dict[str, int]:
         return {name: size for folder in FOLDERS for name, size in self.storage.sizes(folder).items()}
@@ -159,19 +187,11 @@ class Recording:
         return record
 
 
-def _file(folder: str, site: Site, shard: int, units: Slice, suffix: str) -> str:
-    return f"{folder}/{site.key}/shard-{shard:05d}.units-{units.start:05d}-{units.stop:05d}.{suffix}"
-
-
-def _commit(site: Site, shard: int) -> str:
-    return f"commits/{site.key}/shard-{shard:05d}.json"
-
-
 def _is_whole(site: Site, shard: int, record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
     for part in record["parts"]:
         units = Slice(part["start"], part["stop"])
-        signals = _file("activations", site, shard, units, "parquet")
-        sums = _file("moments", site, shard, units, "safetensors")
+        signals = signals_name(site, shard, units)
+        sums = moments_name(site, shard, units)
         if sizes.get(signals) != part["signals"]["bytes"] or sizes.get(sums) != part["moments"]["bytes"]:
             return False
     return True
@@ -180,8 +200,9 @@ def _is_whole(site: Site, shard: int, record: Mapping[str, Any], sizes: Mapping[
 def adopt(recording: Recording, root: Path) -> Path | None:
     """Take over a complete recording with the same digest from a neighbouring run (hard links, no bytes copied).
 
-    A run that differs only in ratio, method or recovery has the same recording. In an object store recordings are
-    named by their digest, so runs share them without this.
+    A run that differs only in ratio, method or recovery has the same recording. One that has begun is resumed instead:
+    it may share a damaged file with the neighbour. In an object store recordings are named by their digest, so runs
+    share them without this.
 
     Args:
         recording: the recording wanted.
@@ -190,7 +211,7 @@ def adopt(recording: Recording, root: Path) -> Path | None:
     Returns:
         The folder it was taken from, or None if there is no such recording.
     """
-    if not isinstance(recording.storage, LocalStorage):
+    if not isinstance(recording.storage, LocalStorage) or recording.committed():
         return None
     folder = recording.storage.folder
     for manifest in sorted(root.glob(f"*/round-*/{MANIFEST}")):

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
-from jobs.benchmarks import demo, spectral
+from jobs.benchmarks import demo, record, spectral
 from jobs.benchmarks.frame import Measurement
 
 BENCHMARKS: dict[str, Callable[[bool], Measurement]] = {
     "demo": demo.measure,
+    "record": record.measure,
     "spectral": spectral.measure,
 }

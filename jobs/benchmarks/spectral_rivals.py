@@ -11,14 +11,11 @@ import scipy.linalg
 import scipy.sparse
 import scipy.sparse.csgraph
 import scipy.sparse.linalg
-from numpy.typing import NDArray
 from sklearn.neighbors import kneighbors_graph
 
 from cria_dist.records import Float64
 from jobs.benchmarks.frame import seconds
-
-Float32 = NDArray[np.float32]
-Edges = NDArray[np.int64]
+from jobs.benchmarks.spectral_site import Float32
 
 
 def timed(name: str, pair: tuple[Float32, Float32], neighbours: int, pairs: int, cap: float) -> float:

@@ -57,11 +57,13 @@ def test_neighbours_equal_brute_force(library, size, observations, k):
     np.testing.assert_array_equal(arrays.to_numpy(found), brute_force_neighbours(signals, k))
 
 
-def test_neighbours_do_not_depend_on_the_block_size(monkeypatch):
+def test_neighbours_do_not_depend_on_the_tiles(monkeypatch):
     signals = np.random.default_rng(3).normal(size=(150, 40))
     whole = neighbours.nearest_neighbours(signals, 7)
-    for rows in (1, 37, 149, 150):
+    for rows, columns, limit in ((1, 150, 512), (37, 20, 8), (64, 1, 20), (149, 7, 512), (150, 50, 30)):
         monkeypatch.setattr(neighbours, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(neighbours, "BLOCK_COLUMNS", columns)
+        monkeypatch.setattr(neighbours, "LIMIT_ROWS", limit)
         np.testing.assert_array_equal(neighbours.nearest_neighbours(signals, 7), whole)
 
 
@@ -125,6 +127,12 @@ def test_signals_that_are_not_finite_are_an_error(bad):
         neighbours.nearest_neighbours(signals, 3)
 
 
+@pytest.mark.parametrize("value", [0.0, -3.5])
+def test_a_constant_site_is_an_error(value):
+    with pytest.raises(NumericError, match=r"all 20 neurons have the same signals; record more tokens or exclude"):
+        neighbours.nearest_neighbours(np.full((20, 4), value), 3)
+
+
 def test_too_few_neurons_are_an_error():
     with pytest.raises(NumericError, match=r"5 neurons are too few for 5 neighbours; lower method\.\w+ below 5"):
         neighbours.nearest_neighbours(np.eye(5), 5)
@@ -176,6 +184,20 @@ def test_graph_ignores_scale_and_a_common_shift(seed, factor, offset):
     shift = offset * rng.normal(size=20)
     np.testing.assert_array_equal(graph_of(signals * factor), graph_of(signals))
     np.testing.assert_array_equal(graph_of(signals + shift), graph_of(signals))
+
+
+@given(seed=st.integers(0, 999))
+@settings(deadline=None, max_examples=20)
+def test_graph_ignores_signs_and_rotations_of_the_tokens_but_not_the_sign_of_a_neuron(seed):
+    rng = np.random.default_rng(seed)
+    signals = rng.normal(size=(60, 20)) + 1
+    rotation = np.linalg.qr(rng.normal(size=(20, 20)))[0]
+    np.testing.assert_array_equal(graph_of(-signals), graph_of(signals))
+    np.testing.assert_array_equal(graph_of(signals * rng.choice([-1, 1], 20)), graph_of(signals))
+    np.testing.assert_array_equal(graph_of(signals @ rotation), graph_of(signals))
+    turned = signals.copy()
+    turned[7] *= -1
+    assert not np.array_equal(graph_of(turned), graph_of(signals))
 
 
 def test_graph_follows_a_permutation_of_the_neurons():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cria_dist import arrays
 from cria_dist.errors import NumericError
-from cria_dist.maths import graphs, neighbours, pencil
+from cria_dist.maths import graphs, lanczos, lobpcg, neighbours, pencil
 
 
 def laplacian(edges, size):
@@ -176,6 +176,63 @@ def test_known_pairs():
     waves = np.sort(2 - 2 * np.cos(2 * np.pi * np.arange(1, size) / size))
     np.testing.assert_allclose(pencil.all_eigenvalues(ring, full), waves[::-1] / size, rtol=1e-12)
     np.testing.assert_allclose(pencil.all_eigenvalues(full, ring), size / waves, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["path", "cycle", "complete", "star"])
+@pytest.mark.parametrize("solver", ["dense", "lobpcg", "lanczos"])
+def test_textbook_spectra_beside_the_complete_graph(name, solver):
+    size, count = 120, 6
+    angles = np.pi * np.arange(size) / size
+    edges, spectrum = {
+        "path": (cycle(size)[:-1], 2 - 2 * np.cos(angles)),
+        "cycle": (cycle(size), 2 - 2 * np.cos(2 * angles)),
+        "complete": (complete(size), np.full(size, float(size))),
+        "star": (star(size), np.asarray([float(size)] + [1.0] * (size - 1))),
+    }[name]
+    solve = {
+        "dense": lambda left, right: pencil.top_eigenpairs(left, right, count)[:2],
+        "lobpcg": lambda left, right: lobpcg.top_eigenpairs(left, right, count, 1e-8),
+        "lanczos": lambda left, right: lanczos.top_eigenpairs(left, right, count, 1e-8),
+    }[solver]
+    values, _ = solve(laplacian(edges, size), laplacian(complete(size), size))
+    # L_Y = n I - 11^T, so outside the null space zeta = lambda / n
+    np.testing.assert_allclose(values, np.sort(spectrum)[::-1][:count] / size, rtol=1e-9)
+
+
+def test_graphs_of_different_sizes_are_an_error():
+    left, right = laplacian(cycle(10), 10), laplacian(cycle(12), 12)
+    for solve in SOLVERS.values():
+        with pytest.raises(NumericError, match=r"10 neurons and an output graph of 12.*record the site again"):
+            solve(left, right, np.asarray(cycle(10)))
+
+
+def test_two_identical_neurons_are_neighbours_and_their_pencil_is_sound():
+    pre = np.random.default_rng(5).normal(size=(60, 30))
+    pre[41] = pre[3]
+    left_edges, right_edges = (
+        graphs.connect(one, graphs.union_edges(neighbours.nearest_neighbours(one, 6)))[0]
+        for one in (pre, np.maximum(pre, 0))
+    )
+    left, right = laplacian(left_edges, 60), laplacian(right_edges, 60)
+    assert [3, 41] in left_edges.tolist()
+    assert [3, 41] in right_edges.tolist()
+    expected, _ = reference(left, right)
+    values, _, worst = pencil.top_eigenpairs(left, right, 59)
+    np.testing.assert_allclose(values, expected, rtol=1e-9)
+    assert worst < 1e-9
+
+
+@pytest.mark.parametrize("count", [1, 40, 149])
+def test_no_pair_is_lost_where_all_eigenvalues_are_equal(count, monkeypatch):
+    def forgetful(matrix, subset_by_index, driver):
+        values, vectors = np.linalg.eigh(matrix)
+        return values[-1:], vectors[:, -1:]
+
+    monkeypatch.setattr(arrays.scipy.linalg, "eigh", forgetful)
+    matrix = laplacian(knn_pair(150)[0], 150)
+    values, vectors, _ = pencil.top_eigenpairs(matrix, matrix, count)
+    np.testing.assert_allclose(values, np.ones(count), rtol=1e-10)
+    np.testing.assert_allclose(vectors.T @ (matrix @ vectors), np.eye(count), atol=1e-10)
 
 
 def test_scores_scale_with_the_graphs():

@@ -38,6 +38,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "tie_word_embeddings": False},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3"},
+    "gemma2": {"model_type": "gemma2"},
+    "gemma3_text": {"model_type": "gemma3_text"},
+    "gemma3_text-untied": {"model_type": "gemma3_text", "tie_word_embeddings": False},
 }
 
 STRANGER = """
@@ -111,6 +114,20 @@ def dense(request: pytest.FixtureRequest, make_model: MakeModel, tmp_path_factor
 
 def test_every_family_is_tested() -> None:
     assert set(FAMILIES) == {model["model_type"] for model in MODELS.values()}
+
+
+def test_the_coupled_tensors_are_all_that_know_the_width(dense: Path) -> None:
+    """No other size of these models is 48: whatever has it along a dimension carries units."""
+    config = read_config(dense)
+    found = {
+        name: list(tensor.shape).index(WIDTH)
+        for name, tensor in load_file(dense / checkpoint.WEIGHTS).items()
+        if WIDTH in tensor.shape
+    }
+    family = family_of(config)
+    assert found == {
+        name: dim for site in family.widths(config) for name, dim in family.coupled_tensors(site, config).items()
+    }
 
 
 def test_removing_equals_masking(dense: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 import ray
 
 from cria_dist.errors import NumericError, WorkerError
-from cria_dist.pool import LocalPool
+from cria_dist.pool import Flow, LocalPool
+from cria_dist.runtime import backlog
 from cria_dist.runtime import pool as ray_pool
 from cria_dist.runtime.pool import RayPool
 
@@ -52,6 +53,22 @@ def refuses(item: int) -> int:
     return item
 
 
+def leaves_a_mark(folder: Path, item: str) -> bool:
+    """Whether the item before was finished, for an item ``NAME-NUMBER``; the first of each is slow."""
+    name, number = item.split("-")
+    before = number == "0" or (folder / f"{name}-{int(number) - 1}").exists()
+    time.sleep(0.5 if number == "0" else 0.0)
+    (folder / item).touch()
+    return before
+
+
+def slow_or_failing(item: int) -> int:
+    if item == 1:
+        raise NumericError("1 value is NaN")
+    time.sleep(2.0)
+    return item
+
+
 @pytest.fixture
 def pool():
     made = RayPool(workers=2)
@@ -87,7 +104,7 @@ def test_items_of_dead_workers_are_done_again(pool: RayPool, tmp_path: Path) -> 
 
 
 def test_an_item_that_kills_every_worker_is_named(pool: RayPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_pool, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(backlog, "MAX_ATTEMPTS", 2)
     with pytest.raises(WorkerError, match=r"^2: lost 2 times"):
         dict(pool.map(lambda: dies_always, [1, 2, 3]))
 
@@ -96,6 +113,36 @@ def test_an_error_names_the_item_and_keeps_its_message(pool: RayPool) -> None:
     with pytest.raises(WorkerError) as caught:
         dict(pool.map(lambda: refuses, [1, 2, 3]))
     assert str(caught.value) == "2: 3 values are NaN"
+
+
+def test_an_item_starts_when_the_one_before_it_is_finished(pool: RayPool, tmp_path: Path) -> None:
+    items = ["a-0", "b-0", "a-1", "b-1", "a-2", "b-2"]
+    after = {"a-1": "a-0", "b-1": "b-0", "a-2": "a-1", "b-2": "b-1"}
+    make = functools.partial(functools.partial, leaves_a_mark, tmp_path)
+    assert dict(pool.map(make, items, flow=Flow(after=after))) == dict.fromkeys(items, True)
+
+
+def test_items_stay_with_their_worker(pool: RayPool) -> None:
+    homes = {item: item % 2 for item in range(8)}
+    where = dict(pool.map(process_ids, list(homes), flow=Flow(homes=homes)))
+    assert {where[item] for item in (0, 2, 4, 6)}.isdisjoint({where[item] for item in (1, 3, 5, 7)})
+    assert len(set(where.values())) == 2
+
+
+def test_an_error_leaves_nothing_behind_for_the_next_stage(pool: RayPool) -> None:
+    dict(pool.map(squarer, [1, 2]))
+    with pytest.raises(WorkerError, match="1 value is NaN"):
+        dict(pool.map(lambda: slow_or_failing, [0, 1]))
+    assert dict(pool.map(squarer, [1, 2, 3, 4])) == {1: 1, 2: 4, 3: 9, 4: 16}
+
+
+def test_workers_that_find_no_place_leave_their_items_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_pool, "START_SECONDS", 5.0)
+    places = int(ray.cluster_resources()["CPU"])
+    pool = RayPool(workers=places + 1)
+    homes = {item: item % (places + 1) for item in range(3 * (places + 1))}
+    assert dict(pool.map(squarer, list(homes), flow=Flow(homes=homes))) == {item: item * item for item in homes}
+    pool.release()
 
 
 def test_release_frees_the_processors(pool: RayPool) -> None:

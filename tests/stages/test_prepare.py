@@ -129,7 +129,7 @@ def changed_model(pico: Path, folder: Path, **changes: Any) -> str:
 
 def test_unknown_family(run_config: RunConfigMaker, pico: Path, tmp_path: Path) -> None:
     path = changed_model(pico, tmp_path / "model", model_type="mamba")
-    with pytest.raises(ConfigError, match=r"model family 'mamba' is not known; known families: llama, mistral"):
+    with pytest.raises(ConfigError, match=r"model family 'mamba' is not known; known families: gemma2, .*mistral"):
         prepare(run_config(tmp_path, model={"path": path}))
 
 
@@ -171,6 +171,12 @@ def test_no_disk_space(run_config: RunConfigMaker, tmp_path: Path, monkeypatch: 
     assert not job.folder.exists()
     monkeypatch.setattr(files, "free_bytes", lambda path: needed)
     assert prepare(config).folder.is_dir()
+
+
+def test_a_folder_that_cannot_be_written(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"pico-\w+ cannot be written \(Not a directory\); choose another run\.root"):
+        prepare(run_config(tmp_path, run={"root": str(tmp_path / "file" / "runs")}))
 
 
 def test_the_folder_of_another_configuration(run_config: RunConfigMaker, tmp_path: Path) -> None:
@@ -241,6 +247,7 @@ def test_estimate_adds_up(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert found["shards"] == 3
     assert found["storage_bytes.signals"] == 200 * 96 * 3 * 4
     assert found["storage_bytes.moments"] == 3 * 2 * 48 * 48 * 4
+    assert found["storage_bytes.boundaries"] == 12 * 32 * 32 * 4
     parts = [
         size for name, size in found.items() if name.startswith("storage_bytes.") and name != "storage_bytes.total"
     ]

@@ -51,6 +51,13 @@ def test_the_final_name_appears_only_when_the_content_is_flushed(
     assert (tmp_path / "file").exists()
 
 
+def test_a_view_of_bytes_is_written_and_described_like_the_bytes(tmp_path: Path) -> None:
+    view = memoryview(b"xcontentx")[1:-1]
+    files.write_bytes(tmp_path / "file", view)
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert files.facts(view) == files.facts(b"content")
+
+
 def test_json_round_trip_is_sorted(tmp_path: Path) -> None:
     files.write_json(tmp_path / "a.json", {"b": 1, "a": [1.5, None]})
     files.write_json(tmp_path / "b.json", {"a": [1.5, None], "b": 1})

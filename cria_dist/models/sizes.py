@@ -1,0 +1,73 @@
+"""What is known of a model without its weights: parameters by place, and the shapes its memory depends on."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from cria_dist.models import checkpoint
+from cria_dist.models.family import GatedMlpFamily, ModelDict
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A decoder in numbers.
+
+    Attributes:
+        parameters: of the whole model, tied weights once.
+        layers: parameters of every decoder layer.
+        embedding: parameters of the token embedding.
+        head: parameters outside the decoder, none if the head is the embedding.
+        shared: parameters of the decoder that every block holds (the final norm).
+        widths: units of every layer.
+        hidden: width of the hidden state.
+        heads: attention heads.
+        kv_heads: heads of keys and values.
+        head_dim: width of a head.
+        vocabulary: number of tokens.
+        stores_attention: whether attention writes down its T x T weights (no fused kernel for this family).
+    """
+
+    parameters: int
+    layers: tuple[int, ...]
+    embedding: int
+    head: int
+    shared: int
+    widths: tuple[int, ...]
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    stores_attention: bool
+
+
+def sizes_of(config: ModelDict, family: GatedMlpFamily) -> Sizes:
+    """Numbers of the model a config.json describes, counted on the meta device (0.3 s for 70B parameters)."""
+    model = checkpoint.empty_model(config)
+    parsed = model.config
+    decoder = cast(torch.nn.Module, getattr(model, model.base_model_prefix))
+    layers = cast(torch.nn.ModuleList, model.get_submodule(family.layers))
+    per_layer = tuple(_count(layer) for layer in layers)
+    embedding = _count(model.get_input_embeddings())
+    widths = [0] * len(per_layer)
+    for site, width in family.widths(config).items():
+        widths[site.layer] += width
+    return Sizes(
+        parameters=_count(model),
+        layers=per_layer,
+        embedding=embedding,
+        head=_count(model) - _count(decoder),
+        shared=_count(decoder) - embedding - sum(per_layer),
+        widths=tuple(widths),
+        hidden=parsed.hidden_size,
+        heads=parsed.num_attention_heads,
+        kv_heads=getattr(parsed, "num_key_value_heads", None) or parsed.num_attention_heads,
+        head_dim=getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads,
+        vocabulary=parsed.vocab_size,
+        stores_attention=parsed._attn_implementation == "eager",  # pyright: ignore[reportPrivateUsage]  (no public name)
+    )
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,206 @@
+"""What a run will take, from a config.json alone: against numbers computed by hand."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cria_dist.config import RunConfig
+from cria_dist.errors import ConfigError
+from cria_dist.models import checkpoint
+from cria_dist.models.family import family_of
+from cria_dist.models.sizes import sizes_of
+from cria_dist.stages import probe
+from cria_dist.stages.estimate import estimate, workers_assumed
+from cria_dist.stages.footprint import Workload, num_shards, shard_sequences
+
+RunConfigMaker = Callable[..., RunConfig]
+
+LLAMA_7B: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False,
+    "max_position_embeddings": 4096, "torch_dtype": "float16",
+}  # fmt: skip
+LLAMA_70B: dict[str, Any] = LLAMA_7B | {
+    "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "torch_dtype": "bfloat16",
+}  # fmt: skip
+TOKENS = 128 * 2048
+
+
+def bare(folder: Path, config: dict[str, Any]) -> str:
+    """A folder with nothing but config.json."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def large(run_config: RunConfigMaker, tmp_path: Path, config: dict[str, Any], **record: Any) -> RunConfig:
+    return run_config(
+        tmp_path,
+        model={"path": bare(tmp_path / "model", config), "dtype": "bfloat16"},
+        data={"sequence_length": 2048, "calibration_sequences": 128},
+        record={"tokens": 4096, "shard_sequences": 8, "batch_sequences": 4, "memory_gb": 80} | record,
+        run={"pool": "ray", "workers": 8},
+    )
+
+
+def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    found = estimate(large(run_config, tmp_path, LLAMA_7B, memory_gb=22))
+    assert found["parameters"] == 6_738_415_616
+    assert found["prunable_parameters"] == 32 * 3 * 4096 * 11008
+    assert (found["sites"], found["units_per_site"], found["calibration_tokens"]) == (32, 11008, 262_144)
+    assert found["storage_bytes.signals"] == 4096 * 32 * 11008 * 3 * 2
+    assert found["shards"] == 16
+    assert found["storage_bytes.moments"] == 16 * 32 * 11008**2 * 4
+    assert found["storage_bytes.boundaries"] == TOKENS * 4096 * 2
+    assert found["storage_bytes.checkpoints"] == 2 * 2 * 6_738_415_616
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert found["forward_flop"] == TOKENS * 32 * (2 * layer + 4 * 2048 * 4096)
+    assert found["moments_flop"] == TOKENS * 32 * 2 * 11008**2
+    assert (found["workers"], found["memory.per_worker"]) == (8, "22 GB")
+    assert str(found["memory.replicate"]).startswith("31.9 GB, does not fit")
+    assert str(found["memory.pipeline"]).endswith("fits: 8 workers hold 4 layers each")
+    assert "fits: 2 blocks of 16 layers" in str(found["memory.sweep"])
+    assert str(found["memory.tensor"]).endswith("8 workers share every layer")
+    assert str(found["schedule"]).startswith("pipeline: 13.2 GB of weights + 15.5 GB of moments")
+
+
+def test_llama_3_70b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    started = time.process_time()
+    found = estimate(large(run_config, tmp_path, LLAMA_70B))
+    assert time.process_time() - started < 20, "seconds, whatever the size"
+    assert found["parameters"] == 70_553_706_496
+    assert found["storage_bytes.moments"] == 16 * 80 * 28672**2 * 4
+    assert str(found["schedule"]).startswith("pipeline: 139 GB of weights + 263 GB of moments")
+    assert str(found["schedule"]).endswith("8 workers hold 10 layers each")
+
+
+def test_a_model_no_worker_can_hold_is_said_not_raised(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    found = estimate(large(run_config, tmp_path, LLAMA_70B, memory_gb=4))
+    assert str(found["schedule"]).startswith("none: one layer needs ")
+    assert all("does not fit" in str(found[f"memory.{kind}"]) for kind in ("replicate", "pipeline", "sweep", "tensor"))
+
+
+def test_weights_are_not_needed_but_for_a_probe(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    config = large(run_config, tmp_path, LLAMA_7B)
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors"):
+        estimate(config, measured=True)
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors"):
+        checkpoint.locate(config.model.path, None)
+
+
+def test_a_hub_name_is_asked_for_its_config_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        del name, revision
+        asked.append(allow_patterns)
+        return bare(tmp_path / "downloaded", LLAMA_7B)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder = checkpoint.locate("meta-llama/Llama-2-7b-hf", None, weights=False)
+    assert (folder, asked) == (tmp_path / "downloaded", [["config.json"]])
+
+
+def test_advice_on_moments_is_right(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    config = large(run_config, tmp_path, LLAMA_70B, shard_sequences=2)
+    before = estimate(config)
+    assert before["storage_bytes.advice"] == (
+        "moments are most of it; record.shard_sequences=19 makes 7 shards and 1.84 TB of moments"
+    )
+    record = config.record.model_copy(update={"shard_sequences": 19})
+    after = estimate(config.model_copy(update={"record": record}))
+    assert (after["shards"], after["storage_bytes.moments"]) == (7, 7 * 80 * 28672**2 * 4)
+    assert "storage_bytes.advice" not in after
+
+
+@pytest.mark.parametrize(
+    ("sequences", "wanted", "length", "shards"),
+    [
+        (12, 0, 8, 2),
+        (48, 0, 8, 6),
+        (128, 0, 8, 16),
+        (129, 0, 9, 15),
+        (4096, 0, 256, 16),
+        (4096, 3, 3, 1366),
+        (5, 9, 9, 1),
+    ],
+)
+def test_shards(
+    sequences: int, wanted: int, length: int, shards: int, run_config: RunConfigMaker, tmp_path: Path
+) -> None:
+    """By default at most 16, of at least 8 sequences; what is set is taken."""
+    config = run_config(tmp_path, data={"calibration_sequences": sequences}, record={"shard_sequences": wanted})
+    assert (shard_sequences(config), num_shards(config)) == (length, shards)
+
+
+def test_workers_of_a_run(run_config: RunConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert workers_assumed(run_config(tmp_path, run={"pool": "local", "workers": 5})) == 1
+    assert workers_assumed(run_config(tmp_path, run={"pool": "ray", "workers": 5})) == 5
+    assert workers_assumed(run_config(tmp_path, run={"pool": "ray"})) == 3
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_sizes_are_those_of_the_checkpoint(
+    model_type: str, tied: bool, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = make_model(tmp_path / "model", model_type, tie_word_embeddings=tied)
+    model = checkpoint.load_model(directory, checkpoint.Numerics())
+    config = checkpoint.read_config(directory)
+    sizes = sizes_of(config, family_of(config))
+    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert sizes.layers == tuple(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
+    assert sizes.embedding == 300 * 32
+    assert sizes.head == (0 if tied else 300 * 32)
+    assert sizes.shared == 32
+    assert sizes.widths == (48, 48)
+    assert (sizes.hidden, sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.vocabulary) == (32, 4, 2, 8, 300)
+    assert sizes.stores_attention == (model_type == "gemma2")
+
+
+def test_a_probe_records_for_real(run_config: RunConfigMaker, pico: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path)
+    work = Workload(config, checkpoint.read_config(pico))
+    for layer in (0, 1):
+        found = probe.time_layer(config, work, pico, layer)
+        assert 0 < found.token < 0.1
+        assert 0 <= found.shard < 10
+        assert 0 <= found.load < 30
+    assert not (tmp_path / "runs").exists(), "a probe leaves nothing behind"
+
+
+def test_the_time_of_a_probe_is_extrapolated(
+    run_config: RunConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pico: Path
+) -> None:
+    """3 shards of 128 tokens; one layer takes 1 ms a token, 0.1 s a shard and 2 s to load, the other twice that."""
+    times = {0: probe.LayerTime(1e-3, 0.1, 2.0), 1: probe.LayerTime(2e-3, 0.2, 4.0)}
+    monkeypatch.setattr(probe, "time_layer", lambda config, work, directory, layer: times[layer])
+    for workers, rounds in ((1, 3), (2, 2), (8, 1)):
+        config = run_config(tmp_path, run={"pool": "ray", "workers": workers})
+        found = estimate(config, measured=True)
+        assert found["seconds"] == pytest.approx(rounds * (0.128 + 0.1 + 0.256 + 0.2) + 6.0, abs=0.06)
+        assert f"{workers} workers" in str(found["seconds.basis"])
+
+
+def test_without_a_probe_time_is_a_lower_bound(
+    run_config: RunConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "flop_per_second", lambda dtype: {"bfloat16": 2e14, "float32": 1e14}[dtype])
+    found = estimate(large(run_config, tmp_path, LLAMA_7B))
+    forward, moments = int(str(found["forward_flop"])), int(str(found["moments_flop"]))
+    assert found["seconds"] == pytest.approx((forward / 2e14 + moments / 1e14) / 8, abs=0.06)
+    assert "at best" in str(found["seconds.basis"])
+
+
+def test_the_speed_of_products_is_a_speed() -> None:
+    speeds = [probe.flop_per_second("float32") for _ in range(2)]
+    assert all(1e8 < speed < 1e16 for speed in speeds)
+    assert math.isfinite(sum(speeds))
