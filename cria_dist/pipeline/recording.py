@@ -67,4 +67,11 @@ def _observe(context: Context, name: str, recording: Recording, model_dir: Path)
     if 0 < len(items) < total:
         context.progress.note(f"{name}: {total - len(items)} of {total} shards were recorded before")
     make = functools.partial(record.Recorder, task, chosen.ranks)
-    context.map((name, "shards"), make, items, tokens=lambda done: done.tokens, flow=schedule.flow(chosen, items))
+    if not items:
+        return
+    flow = schedule.flow(chosen, items)
+    with context.stage(name, len(items), "shards") as bar:
+        for item, done in context.pool.map(make, items, flow=flow):
+            bar.advance(1, tokens=done.tokens)
+            if not item.block.is_first:  # not in the worker: it may die before its answer, and the retry reads them again
+                boundary.delete(recording, item.block.first, item.shard)

@@ -5,7 +5,7 @@ that this process holds.
 """
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class HostGram:
 
     def __init__(self, width: int) -> None:
         self._lower_NN = np.zeros((width, width), dtype=np.float32, order="F")
-        self._syrk = get_blas_funcs("syrk", dtype=np.float32)
+        self._syrk: Any = get_blas_funcs("syrk", dtype=np.float32)
         self._is_empty = True
 
     def clear(self) -> None:

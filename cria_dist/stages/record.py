@@ -145,8 +145,6 @@ class Recorder:
             written = self._commit(work, observed, writer)
         if after is not None:
             written += boundary.write(task.recording, block.stop, work.shard, after)
-        if not block.is_first:
-            boundary.delete(task.recording, block.first, work.shard)
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return ShardDone(len(sequences) * self._sample.length, written, peak)
 
