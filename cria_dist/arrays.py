@@ -34,6 +34,14 @@ def choose() -> tuple[Library, str]:
     return "cupy", f"CuPy {cupy.__version__} finds {cupy.cuda.runtime.getDeviceCount()} CUDA device(s)"
 
 
+def limit_memory(share: float) -> None:
+    """Keep CuPy in this process within a share of its device's memory; without a device there is nothing to keep."""
+    if choose()[0] == "cupy":
+        import cupy  # pyright: ignore[reportMissingImports]  (only reached when choose() found it)
+
+        cupy.get_default_memory_pool().set_limit(fraction=share)
+
+
 def to_device(x: Array, library: Library) -> Array:
     """Move a NumPy array to the chosen library."""
     if library == "numpy":

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ EXIT_USER_ERROR = 2
 EXIT_FAILURE = 1
 LOG_COLUMNS = 120
 VERBS: dict[Verb, str] = {
-    "record": "Observe the model on the calibration text: signals and moments of every site.",
+    "record": "Observe the model on the calibration data: signals and moments of every site.",
     "analyse": "Record, then score every site.",
     "decide": "Record, analyse, then write plan.json.",
     "apply": "Everything up to the pruned and repaired checkpoint.",
@@ -39,6 +40,7 @@ VERBS: dict[Verb, str] = {
 
 def main(arguments: Sequence[str], until: Verb) -> int:
     """Run a job: ``CONFIG.toml [key=value ...]`` up to a stage; returns the exit code."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as in Ray workers: the same sums in this process; before torch
     if not arguments or arguments[0].startswith("-"):
         return _complain(ConfigError("usage: CONFIG.toml [dotted.key=value ...]"))
     return guarded(lambda: _run(arguments[0], arguments[1:], until))

@@ -43,15 +43,17 @@ class ModelConfig(Section):
 
 
 class CorpusConfig(Section):
-    """One source of text or of conversations."""
+    """One source of text, of conversations or of images."""
 
     source: str = "builtin:pydoc"
-    """A local ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set name, or ``builtin:pydoc``."""
-    format: Literal["text", "chat"] = "text"
+    """A local ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set name, a local folder of images or of a data
+    set, or ``builtin:pydoc``."""
+    format: Literal["text", "chat", "images"] = "text"
     """``chat``: the field holds lists of messages (``role`` and ``content``, or ShareGPT's ``from`` and ``value``), and
-    the tokenizer's chat template turns them into text."""
+    the tokenizer's chat template turns them into text. ``images``: the field holds images as ``datasets`` stores them,
+    for vision models (of which only ``data.calibration`` is read)."""
     field: str = "text"
-    """Column of JSONL, Parquet and hub rows that holds the text or the messages."""
+    """Column of JSONL, Parquet and hub rows that holds the text, the messages or the images (``image``)."""
     split: str = "train"
     """Split of a hub data set."""
     subset: str | None = None
@@ -63,16 +65,16 @@ class CorpusConfig(Section):
 
 
 class DataConfig(Section):
-    """Calibration and test text, cut into sequences of equal length."""
+    """Calibration and test text, cut into sequences of equal length; for a vision model, an image is a sequence."""
 
     calibration: CorpusConfig = CorpusConfig(part="first")
-    """Text the neurons are observed on and the recovery trains on."""
+    """Text (or images) the neurons are observed on and the recovery trains on."""
     test: CorpusConfig = CorpusConfig(part="second")
     """Text the perplexity is measured on."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens per sequence."""
+    """Tokens per sequence of text."""
     calibration_sequences: Annotated[int, Field(ge=1)] = 48
-    """Sequences recorded."""
+    """Sequences or images recorded."""
     test_sequences: Annotated[int, Field(ge=1)] = 16
     """Sequences scored."""
     max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.0

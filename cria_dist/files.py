@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cria_dist.errors import ConfigError, DataError
 
@@ -56,9 +57,38 @@ def from_json(content: bytes, name: str) -> Any:
         raise DataError(f"{name} is damaged ({error}); delete it and run the same command again") from error
 
 
-def facts(content: Content) -> dict[str, object]:
-    """What a commit record says of a file: bytes and sha256."""
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+class HashedSink:
+    """Counts and hashes what is written through it; hashing runs beside the writing, in a second thread.
+
+    Neither holds the interpreter's lock. ``pyarrow`` takes it for a file.
+    """
+
+    closed = False
+
+    def __init__(self, target: BinaryIO) -> None:
+        self._target = target
+        self._state = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(max_workers=1)
+        self._bytes = 0
+
+    def write(self, content: Content) -> int:
+        """Write and hash."""
+        self._hasher.submit(self._state.update, content)
+        self._bytes += len(content)
+        return self._target.write(content)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._bytes
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        self._target.flush()
+
+    def facts(self) -> dict[str, object]:
+        """What a commit record says of a file: bytes and sha256. Nothing may be written after it."""
+        self._hasher.shutdown()
+        return {"bytes": self._bytes, "sha256": self._state.hexdigest()}
 
 
 def write_json(path: Path, record: object) -> None:

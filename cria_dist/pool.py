@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Flow(Generic[Item]):
-    """Order among the items of one ``map``; by default there is none.
+    """How the items of one ``map`` go through the workers; by default in any order, a device to each worker.
 
     Attributes:
         after: item -> the item that must be finished before it starts.
@@ -20,11 +20,13 @@ class Flow(Generic[Item]):
             workers than homes they share them; a worker that cannot be started again loses its homes to the others.
         ranks: processes that make up one worker and run every item together, each with ``RANK``, ``WORLD_SIZE``,
             ``MASTER_ADDR`` and ``MASTER_PORT`` in its environment.
+        sharing: workers one GPU holds at the same time; without GPUs it makes no difference.
     """
 
     after: Mapping[Item, Item] = field(default_factory=dict[Item, Item])
     homes: Mapping[Item, int] = field(default_factory=dict[Item, int])
     ranks: int = 1
+    sharing: int = 1
 
 
 @runtime_checkable
@@ -47,6 +49,11 @@ class Pool(Protocol):
     @property
     def workers(self) -> int:
         """How many items run at the same time."""
+        ...
+
+    @property
+    def on_gpus(self) -> bool:
+        """Whether the workers have GPUs."""
         ...
 
     def map(
@@ -82,6 +89,7 @@ class LocalPool:
 
     description = "this process"
     workers = 1
+    on_gpus = False
 
     def map(
         self,

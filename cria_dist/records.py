@@ -42,18 +42,6 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True)
-class ActivationShard:
-    """Pointer to the stored signals of one site over one shard of calibration tokens."""
-
-    site: Site
-    shard: int
-    path: str
-    rows: int
-    width: int
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
 class Moments:
     """First and second moments of a site's post-activation signals; ``a + b`` covers both sets of tokens.
 

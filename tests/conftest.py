@@ -1,6 +1,7 @@
 """A pico Llama with its tokenizer, a text, and a run over both that takes a second and no network."""
 
 import io
+import json
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from cria_dist.config import RunConfig, parse
 from cria_dist.pool import LocalPool, Pool
+from cria_dist.records import Stage
 from cria_dist.report.progress import Progress
 
 # torch and transformers are imported where they are used: the environment below must be set before
@@ -94,6 +96,49 @@ def make_model() -> Callable[..., Path]:
     return save_model
 
 
+def save_classifier(folder: Path, **changes: Any) -> Path:
+    """A small ViT for images of 3 x 16 x 16 (16 patches and the class token), with its image processor."""
+    import torch
+    from transformers import AutoModelForImageClassification, ViTConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+        "num_labels": 10,
+        "initializer_range": 0.15,
+    }
+    settings = ViTConfig(**{**shape, **changes})
+    torch.manual_seed(7)
+    model = AutoModelForImageClassification.from_config(settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    size = {"height": settings.image_size, "width": settings.image_size}
+    processor = {"image_processor_type": "ViTImageProcessor", "size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_classifier() -> Callable[..., Path]:
+    """``make_classifier(folder, **config_changes)``."""
+    return save_classifier
+
+
+@pytest.fixture(scope="session")
+def pico_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of a ViT with 3 layers of 48 units; not to be written to."""
+    return save_classifier(tmp_path_factory.mktemp("models") / "pico-vit")
+
+
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint of a Llama with 2 layers of 48 units and tied embeddings; not to be written to."""
@@ -170,12 +215,12 @@ def train_in_this_process(task: Any, name: str, storage: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_context() -> Callable[..., Any]:
-    """``make_context(config, pool=LocalPool())``: prepare a run; what it prints goes nowhere."""
+    """``make_context(config, pool=LocalPool(), until="evaluate")``: prepare a run; what it prints goes nowhere."""
     from cria_dist.pipeline import Context
     from cria_dist.stages.prepare import prepare
 
-    def make(config: RunConfig, pool: Pool | None = None) -> Context:
-        job = prepare(config)
+    def make(config: RunConfig, pool: Pool | None = None, until: Stage = "evaluate") -> Context:
+        job = prepare(config, until)
         progress = Progress(job.folder, interactive=False, console=Console(file=io.StringIO()))
         return Context(job, pool or LocalPool(), train_in_this_process, progress)
 

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
-from cria_dist.models.family import GatedMlpFamily
+from cria_dist.models.mlp import MlpFamily
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -31,7 +31,7 @@ class Block:
 
     @property
     def is_first(self) -> bool:
-        """Whether the block starts from token ids."""
+        """Whether the block starts from token ids or pixels."""
         return self.first == 0
 
     @property
@@ -51,7 +51,7 @@ def partition(total: int, count: int) -> tuple[Block, ...]:
 
 
 class BlockModel:
-    """The decoder of a checkpoint with the weights of one block.
+    """The decoder (or image encoder) of a checkpoint with the weights of one block.
 
     Args:
         directory: the checkpoint.
@@ -60,20 +60,21 @@ class BlockModel:
         block: the layers to load.
     """
 
-    def __init__(self, directory: Path, numerics: checkpoint.Numerics, family: GatedMlpFamily, block: Block) -> None:
+    def __init__(self, directory: Path, numerics: checkpoint.Numerics, family: MlpFamily, block: Block) -> None:
         torch.set_float32_matmul_precision(numerics.matmul)
         _give_back_freed_memory()
         self.block = block
+        self._family = family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._whole = _skeleton(directory, numerics)
         self._decoder = cast("PreTrainedModel", getattr(self._whole, self._whole.base_model_prefix))
         layers = cast(torch.nn.ModuleList, self._whole.get_submodule(family.layers))
-        self._set_apart(layers, family)
+        self._set_apart(layers)
         self._passage = _Passage()
         if not block.is_first:
             layers[block.first].register_forward_pre_hook(self._passage.enter, with_kwargs=True)
         layers[block.stop - 1].register_forward_hook(self._passage.leave)
-        self._load(directory, getattr(torch, numerics.dtype), len(family.layers.split(".")) + 1)
+        self._load(directory, getattr(torch, numerics.dtype))
 
     def module(self, name: str) -> torch.nn.Module:
         """A submodule of a layer in the block, by its name in the whole model."""
@@ -83,44 +84,48 @@ class BlockModel:
         """Run the block.
 
         Args:
-            values: token ids [S, T] for the first block, the hidden states [S, T, D] before the block for the others.
+            values: token ids [S, T] or pixels [S, C, H, W] for the first block, the hidden states [S, T, D] before
+                the block for the others.
 
         Returns:
             Hidden states after the block's last layer (before the final norm), [S, T, D].
         """
         values = values.to(self.device)
         with torch.inference_mode():
-            if self.block.is_first:
+            self._passage.hidden = values
+            if self._family.takes == "images":
+                self._decoder(pixel_values=values)
+            elif self.block.is_first:
                 self._decoder(input_ids=values.to(torch.int64), use_cache=False)
             else:
-                self._passage.hidden = values
                 self._decoder(inputs_embeds=values, use_cache=False)
-        result, self._passage.hidden = cast(torch.Tensor, self._passage.hidden), None
+        result, self._passage.hidden = self._passage.hidden, None
         return result
 
-    def _set_apart(self, layers: torch.nn.ModuleList, family: GatedMlpFamily) -> None:
-        """Put stand-ins where other blocks' layers were."""
+    def _set_apart(self, layers: torch.nn.ModuleList) -> None:
+        """Put stand-ins where other blocks' layers and the embedding were."""
         for index, layer in enumerate(layers):
             if not self.block.first <= index < self.block.stop:
                 layers[index] = _StandIn(layer)
         if not self.block.is_first:
-            self._decoder.set_input_embeddings(torch.nn.Identity())
+            embedding = self._family.embedding
+            self._whole.set_submodule(embedding, _StandIn(self._whole.get_submodule(embedding)))
 
-    def _load(self, directory: Path, dtype: torch.dtype, depth: int) -> None:
+    def _load(self, directory: Path, dtype: torch.dtype) -> None:
         """Fill in the block's parameters, layer by layer: what is read stays mapped until its file is closed.
 
         Args:
             directory: the checkpoint.
             dtype: data type to compute in.
-            depth: name parts that tell the layers apart.
         """
+        depth = len(self._family.layers.split(".")) + 1  # name parts that tell the layers apart
         decoder = f"{self._whole.base_model_prefix}."  # the head is not needed to observe neurons
         parameters = {name: value for name, value in self._whole.named_parameters() if name.startswith(decoder)}
         for _, names in itertools.groupby(parameters, key=lambda name: name.split(".")[:depth]):
             with checkpoint.open_tensors(directory) as tensors:
                 for name in names:
                     # a copy: what safetensors hands out keeps the whole file mapped
-                    values = tensors.read(name).to(self.device, dtype, copy=True)
+                    values = tensors.read(self._family.on_disk(name)).to(self.device, dtype, copy=True)
                     if values.shape != parameters[name].shape:
                         raise DataError(
                             f"checkpoint {directory}: {name} has shape {tuple(values.shape)}, config.json says "
@@ -154,7 +159,7 @@ class _Passage:
 
 
 class _StandIn(torch.nn.Module):
-    """Hands the hidden state through in place of a layer of another block; other attributes are the layer's."""
+    """Hands the hidden state through in place of what another block holds; other attributes are the original's."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -180,7 +185,8 @@ def _give_back_freed_memory() -> None:
 
 def _skeleton(directory: Path, numerics: checkpoint.Numerics) -> PreTrainedModel:
     """The whole architecture with weights on the meta device and real buffers (rotary frequencies are computed)."""
-    config = AutoConfig.for_model(**checkpoint.read_config(directory))
+    config = checkpoint.read_config(directory)
+    stock, parsed = checkpoint.stock_class(config), AutoConfig.for_model(**config)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, numerics.dtype), trust_remote_code=False)
+        model = stock.from_config(parsed, dtype=getattr(torch, numerics.dtype), trust_remote_code=False)
     return model.eval()

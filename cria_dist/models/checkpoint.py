@@ -11,21 +11,31 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.files import digest, write_json, write_with
 from cria_dist.models.builtin import resolve_builtin
-from cria_dist.models.family import ModelDict
+from cria_dist.models.family import family_of
+from cria_dist.models.mlp import ModelDict, Takes
 
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
 """How a checkpoint of ours came about; a checkpoint made of it gets its own."""
 INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 1 << 20
-FILES = ["*.json", "*.safetensors", "*.model"]
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 """What is downloaded of a model."""
+CLASSES: Mapping[Takes, Any] = {"tokens": AutoModelForCausalLM, "images": AutoModelForImageClassification}
+"""Stock classes, by what the model takes."""
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
 
 
@@ -156,11 +166,16 @@ class TensorReader:
             handle.__exit__(None, None, None)
 
 
+def stock_class(config: ModelDict) -> Any:
+    """The ``transformers`` class that loads and builds the model."""
+    return CLASSES[family_of(config).takes]
+
+
 def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
     """The architecture on the meta device: shapes without memory."""
     parsed = AutoConfig.for_model(**config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
+        return stock_class(config).from_config(parsed, trust_remote_code=False)
 
 
 def count_parameters(config: ModelDict) -> int:
@@ -183,7 +198,7 @@ def load_model(directory: Path, numerics: Numerics) -> PreTrainedModel:
     """
     transformers_logging.disable_progress_bar()  # the run has its own
     torch.set_float32_matmul_precision(numerics.matmul)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = stock_class(read_config(directory)).from_pretrained(
         directory,
         dtype=getattr(torch, numerics.dtype),
         device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},

@@ -1,49 +1,28 @@
 """What surgery and recording must know of a model family: where units live and which tensors carry them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cria_dist.errors import ConfigError
+from cria_dist.models.mlp import MlpFamily, ModelDict, SiteModules
 from cria_dist.records import Site
 
-ModelDict = Mapping[str, Any]
-"""The content of a checkpoint's config.json."""
-
 
 @dataclass(frozen=True, slots=True)
-class SiteModules:
-    """Module names of one site.
-
-    Attributes:
-        inputs: linear maps whose outputs are the pre-activation signals, by signal name.
-        output: linear map whose input is the post-activation signal.
-    """
-
-    inputs: Mapping[str, str]
-    output: str
-
-
-@dataclass(frozen=True, slots=True)
-class GatedMlpFamily:
+class GatedMlpFamily(MlpFamily):
     """Decoders with ``down(act(gate(x)) * up(x))`` under Llama's module names.
 
     Attributes:
-        model_type: ``model_type`` of config.json.
         mlp_bias_key: config key that gives the three maps biases, or None where the architecture has none.
     """
 
-    model_type: str
     mlp_bias_key: str | None = None
 
-    @property
-    def layers(self) -> str:
-        """Module name of the list of decoder layers."""
-        return "model.layers"
-
-    def widths(self, config: ModelDict) -> dict[Site, int]:
-        """Units per site: the MLP neurons of every layer."""
-        return {Site(layer): int(config["intermediate_size"]) for layer in range(int(config["num_hidden_layers"]))}
+    takes = "tokens"
+    layers = "model.layers"
+    embedding = "model.embed_tokens"
 
     def modules(self, site: Site) -> SiteModules:
         """Where the site's signals are observed."""
@@ -54,51 +33,80 @@ class GatedMlpFamily:
         """Whether the three maps carry biases."""
         return self.mlp_bias_key is not None and bool(config.get(self.mlp_bias_key, False))
 
-    def coupled_tensors(self, site: Site, config: ModelDict) -> dict[str, int]:
-        """Tensors that carry the site's units, with the dimension the units lie along."""
-        modules = self.modules(site)
-        tensors = {f"{module}.weight": 0 for module in modules.inputs.values()}
-        if self.has_bias(config):
-            tensors |= {f"{module}.bias": 0 for module in modules.inputs.values()}
-        return {**tensors, f"{modules.output}.weight": 1}
+    def input_shape(self, config: ModelDict, sequence_length: int) -> tuple[int, ...]:
+        """Of one sequence."""
+        return (sequence_length,)
 
-    def unit_cost(self, config: ModelDict) -> int:
-        """Parameters that leave the model with one unit: two rows, one column, two biases if there are any."""
-        return 3 * int(config["hidden_size"]) + (2 if self.has_bias(config) else 0)
+    def positions(self, config: ModelDict, sequence_length: int) -> int:
+        """One per token."""
+        return sequence_length
 
-    def output_bias_cost(self, config: ModelDict, kept: int) -> int:
-        """Parameters a site gains when the repair gives its output map a bias: the input maps get one of zeros too."""
-        return 0 if self.has_bias(config) else int(config["hidden_size"]) + 2 * kept
-
-    def narrowed(self, config: ModelDict, kept: Mapping[str, int], output_bias: bool) -> dict[str, Any]:
-        """The config of the pruned model.
-
-        Args:
-            config: config of the dense model.
-            kept: surviving units per site key.
-            output_bias: the repair adds a bias to every output map.
-
-        Raises:
-            ConfigError: sites differ in width, or a bias is needed and the architecture has none.
-        """
-        widths = set(kept.values())
-        if len(widths) != 1:
+    def _with_biases(self) -> dict[str, Any]:
+        if self.mlp_bias_key is None:
             raise ConfigError(
-                f"widths {min(widths)}..{max(widths)} differ between layers, but the stock {self.model_type!r} class "
-                "has one intermediate_size; use a uniform allocation"
+                f"prune.repair=bias needs MLP biases, which {self.model_type!r} does not have; "
+                "use prune.repair=least_squares"
             )
-        changes: dict[str, Any] = {"intermediate_size": widths.pop()}
-        if output_bias:
-            if self.mlp_bias_key is None:
-                raise ConfigError(
-                    f"prune.repair=bias needs MLP biases, which {self.model_type!r} does not have; "
-                    "use prune.repair=least_squares"
-                )
-            changes[self.mlp_bias_key] = True
-        return {**config, **changes}
+        return {self.mlp_bias_key: True}
 
 
-FAMILIES = {
+@dataclass(frozen=True, slots=True)
+class VisionMlpFamily(MlpFamily):
+    """Image classifiers with ``fc2(act(fc1(x)))`` under ViT's module names; all maps have biases.
+
+    Checkpoints keep the names ViT had before ``transformers`` 5; ``from_pretrained`` and ``save_pretrained`` translate.
+    """
+
+    takes = "images"
+    layers = "vit.layers"
+    embedding = "vit.embeddings"
+
+    def modules(self, site: Site) -> SiteModules:
+        """Where the site's signals are observed."""
+        prefix = f"{self.layers}.{site.layer}.mlp"
+        return SiteModules({"input": f"{prefix}.fc1"}, f"{prefix}.fc2")
+
+    def on_disk(self, name: str) -> str:
+        """What checkpoints call a module or parameter."""
+        for in_memory, stored in VIT_NAMES.items():
+            name = name.replace(in_memory, stored)
+        return name
+
+    def has_bias(self, config: ModelDict) -> bool:
+        """They do."""
+        return True
+
+    def input_shape(self, config: ModelDict, sequence_length: int) -> tuple[int, ...]:
+        """Of one image."""
+        return (int(config["num_channels"]), *_pair(config["image_size"]))
+
+    def positions(self, config: ModelDict, sequence_length: int) -> int:
+        """The class token and one per patch."""
+        sides = zip(_pair(config["image_size"]), _pair(config["patch_size"]), strict=True)
+        return 1 + math.prod(image // patch for image, patch in sides)
+
+    def _with_biases(self) -> dict[str, Any]:
+        return {}
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+VIT_NAMES = {
+    ".layers.": ".encoder.layer.",
+    ".mlp.fc1": ".intermediate.dense",
+    ".mlp.fc2": ".output.dense",
+    ".attention.q_proj": ".attention.attention.query",
+    ".attention.k_proj": ".attention.attention.key",
+    ".attention.v_proj": ".attention.attention.value",
+    ".attention.o_proj": ".attention.output.dense",
+}
+"""Parts of ViT's names in memory, and in checkpoints."""
+
+FAMILIES: dict[str, MlpFamily] = {
     family.model_type: family
     for family in (
         GatedMlpFamily("gemma2"),
@@ -107,11 +115,12 @@ FAMILIES = {
         GatedMlpFamily("mistral"),
         GatedMlpFamily("qwen2"),
         GatedMlpFamily("qwen3"),
+        VisionMlpFamily("vit"),
     )
 }
 
 
-def family_of(config: ModelDict) -> GatedMlpFamily:
+def family_of(config: ModelDict) -> MlpFamily:
     """The adapter for a checkpoint.
 
     Raises:

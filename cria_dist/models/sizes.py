@@ -6,25 +6,25 @@ from typing import cast
 import torch
 
 from cria_dist.models import checkpoint
-from cria_dist.models.family import GatedMlpFamily, ModelDict
+from cria_dist.models.mlp import MlpFamily, ModelDict
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """A decoder in numbers.
+    """A transformer in numbers.
 
     Attributes:
         parameters: of the whole model, tied weights once.
-        layers: parameters of every decoder layer.
-        embedding: parameters of the token embedding.
-        head: parameters outside the decoder, none if the head is the embedding.
-        shared: parameters of the decoder that every block holds (the final norm).
+        layers: parameters of every layer.
+        embedding: parameters of what makes hidden states of tokens or images.
+        head: parameters outside the decoder or encoder, none if the head is the embedding.
+        shared: parameters of the decoder or encoder that every block holds (the final norm).
         widths: units of every layer.
         hidden: width of the hidden state.
         heads: attention heads.
         kv_heads: heads of keys and values.
         head_dim: width of a head.
-        vocabulary: number of tokens.
+        vocabulary: number of tokens; 0 for a model of images.
         stores_attention: whether attention writes down its T x T weights (no fused kernel for this family).
     """
 
@@ -42,14 +42,14 @@ class Sizes:
     stores_attention: bool
 
 
-def sizes_of(config: ModelDict, family: GatedMlpFamily) -> Sizes:
+def sizes_of(config: ModelDict, family: MlpFamily) -> Sizes:
     """Numbers of the model a config.json describes, counted on the meta device (0.3 s for 70B parameters)."""
     model = checkpoint.empty_model(config)
     parsed = model.config
     decoder = cast(torch.nn.Module, getattr(model, model.base_model_prefix))
     layers = cast(torch.nn.ModuleList, model.get_submodule(family.layers))
     per_layer = tuple(_count(layer) for layer in layers)
-    embedding = _count(model.get_input_embeddings())
+    embedding = _count(model.get_submodule(family.embedding))
     widths = [0] * len(per_layer)
     for site, width in family.widths(config).items():
         widths[site.layer] += width
@@ -64,7 +64,7 @@ def sizes_of(config: ModelDict, family: GatedMlpFamily) -> Sizes:
         heads=parsed.num_attention_heads,
         kv_heads=getattr(parsed, "num_key_value_heads", None) or parsed.num_attention_heads,
         head_dim=getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads,
-        vocabulary=parsed.vocab_size,
+        vocabulary=getattr(parsed, "vocab_size", 0),
         stores_attention=parsed._attn_implementation == "eager",  # pyright: ignore[reportPrivateUsage]  (no public name)
     )
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from cria_dist.errors import PlanError
 from cria_dist.models import checkpoint
-from cria_dist.models.family import GatedMlpFamily, ModelDict
+from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.records import Site
 
 
@@ -27,7 +27,7 @@ class Surgery:
         output_bias: the repair adds a bias to every output map.
     """
 
-    family: GatedMlpFamily
+    family: MlpFamily
     config: ModelDict
     kept: Mapping[str, tuple[int, ...]]
     repair: Path | None = None
@@ -80,10 +80,13 @@ class Surgery:
 def pruned_copy(model: PreTrainedModel, surgery: Surgery) -> PreTrainedModel:
     """The pruned model in memory, sharing the tensors that did not change."""
     selections, replacements = surgery.selections(), surgery.replacements()
-    state = {name: _operate(name, tensor, selections, replacements) for name, tensor in model.state_dict().items()}
+    on_disk = surgery.family.on_disk
+    dense = {name: (on_disk(name), tensor) for name, tensor in model.state_dict().items()}
+    state = {name: _operate(*entry, selections, replacements) for name, entry in dense.items()}
     for name, size in surgery.zero_biases().items():
         state[name] = torch.zeros(size, dtype=model.dtype, device=model.device)
-    state |= {name: tensor.to(model.device, model.dtype) for name, tensor in replacements.items() if name not in state}
+    there = {name for name, _ in dense.values()}
+    state |= {name: tensor.to(model.device, model.dtype) for name, tensor in replacements.items() if name not in there}
     pruned = checkpoint.empty_model(surgery.pruned_config())
     pruned.load_state_dict(state, strict=True, assign=True)
     pruned.tie_weights()

@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import Block
-from cria_dist.models.family import GatedMlpFamily, ModelDict, family_of
+from cria_dist.models.family import family_of
+from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.models.ranks import Ranks
 
 
@@ -33,10 +34,13 @@ def tensor_ranks_problem(model_config: ModelDict, ranks: int) -> str | None:
     Returns:
         Rule and remedy for a ConfigError, or None if they can.
     """
+    family = family_of(model_config)
+    if family.takes == "images":
+        return f"transformers has no plan to share the layers of {family.model_type!r}; take record.schedule=sweep"
     settings: Any = AutoConfig.for_model(**model_config)
     heads = int(settings.num_attention_heads)
     counts = [(heads, "attention heads"), (int(getattr(settings, "num_key_value_heads", None) or heads), "KV heads")]
-    counts += [(width, "MLP units") for width in sorted(set(family_of(model_config).widths(model_config).values()))]
+    counts += [(width, "MLP units") for width in sorted(set(family.widths(model_config).values()))]
     uneven = [f"{count} {name}" for count, name in counts if count % ranks]
     if not uneven:
         return None
@@ -60,7 +64,7 @@ class TensorParallelModel:
     """
 
     def __init__(
-        self, directory: Path, numerics: checkpoint.Numerics, family: GatedMlpFamily, block: Block, ranks: Ranks
+        self, directory: Path, numerics: checkpoint.Numerics, family: MlpFamily, block: Block, ranks: Ranks
     ) -> None:
         problem = tensor_ranks_problem(checkpoint.read_config(directory), ranks.size)
         if problem is None and not (block.is_first and block.is_last):

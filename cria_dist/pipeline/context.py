@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cria_dist import files
-from cria_dist.pool import Pool
+from cria_dist.pool import Flow, Pool
 from cria_dist.records import StageTime
 from cria_dist.report.progress import Bar, Progress
 from cria_dist.stages.prepare import Job
@@ -54,6 +54,7 @@ class Context:
         items: Sequence[Item],
         tokens: Callable[[Result], int] = lambda _: 0,
         workers: int | None = None,
+        flow: Flow[Item] | None = None,
     ) -> dict[Item, Result]:
         """Run items on the pool under a progress bar; ``stage`` is (name, unit). No items, no stage."""
         results: dict[Item, Result] = {}
@@ -61,7 +62,7 @@ class Context:
             return results
         name, unit = stage
         with self.stage(name, len(items), unit) as bar:
-            for item, result in self.pool.map(make_worker, items, workers):
+            for item, result in self.pool.map(make_worker, items, workers, flow):
                 results[item] = result
                 bar.advance(1, tokens=tokens(result))
         return results

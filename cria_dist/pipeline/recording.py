@@ -8,8 +8,8 @@ from cria_dist.models import checkpoint
 from cria_dist.pipeline.context import Context
 from cria_dist.stages import boundary, record, schedule
 from cria_dist.stages.footprint import num_shards, shard_sequences, signal_dtype
-from cria_dist.store.places import open_recording
-from cria_dist.store.recording import Recording, adopt
+from cria_dist.store.places import adopt, open_recording
+from cria_dist.store.recording import Recording
 
 
 def record_model(context: Context, name: str, folder: Path, model_dir: Path, model_digest: str) -> Recording:
@@ -27,7 +27,7 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
     digest = files.digest(
         "record",
         model_digest,
-        job.digests["calibration_tokens"],
+        job.calibration_digest,
         config.record.content_part(),
         [job.numerics.dtype, job.numerics.matmul, config.seed],
     )
@@ -41,8 +41,7 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
         return recording
     _observe(context, name, recording, model_dir)
     recording.write_manifest(job.widths, shards)
-    for layer, shard in boundary.stored(recording):
-        boundary.delete(recording, layer, shard)
+    boundary.delete_all(recording)
     return recording
 
 
@@ -73,5 +72,5 @@ def _observe(context: Context, name: str, recording: Recording, model_dir: Path)
     with context.stage(name, len(items), "shards") as bar:
         for item, done in context.pool.map(make, items, flow=flow):
             bar.advance(1, tokens=done.tokens)
-            if not item.block.is_first:  # not in the worker: it may die before its answer, and the retry reads them again
+            if not item.block.is_first:  # not by the worker: if it dies before its answer, the retry reads them again
                 boundary.delete(recording, item.block.first, item.shard)

@@ -12,8 +12,9 @@ from cria_dist.methods import Method
 from cria_dist.models import checkpoint, surgery
 from cria_dist.pipeline.context import Context
 from cria_dist.pipeline.recording import record_model
+from cria_dist.pool import Flow
 from cria_dist.records import PruningPlan
-from cria_dist.stages import analyse, decide, repair
+from cria_dist.stages import analyse, decide, memory, repair
 from cria_dist.stages.decide import Accounts
 from cria_dist.store import site_scores
 from cria_dist.store.recording import Recording
@@ -61,9 +62,19 @@ def analyse_sites(context: Context, name: str, folder: Path, recording: Recordin
         missing = []
     if not missing:
         context.progress.note(f"{name}: complete, {len(sites)} sites")
-    task = analyse.AnalyseTask(recording, model.directory, method, folder, digest, job.config.seed)
-    context.map((name, "sites"), functools.partial(analyse.Analyst, task), missing)
+    sharing = _analysts_per_device(context) if missing else 1
+    task = analyse.AnalyseTask(recording, model.directory, method, folder, digest, job.config.seed, sharing)
+    context.map((name, "sites"), functools.partial(analyse.Analyst, task), missing, flow=Flow(sharing=sharing))
     return digest
+
+
+def _analysts_per_device(context: Context) -> int:
+    """Several analysts share a GPU when its memory allows."""
+    job = context.job
+    if not context.pool.on_gpus:
+        return 1
+    available = memory.of_worker(job.config, context.pool)
+    return analyse.analysts_per_device(job.config.record.tokens, max(job.widths.values()), available)
 
 
 def decide_round(

@@ -87,7 +87,12 @@ class Shape:
     @property
     def bundle(self) -> dict[str, float]:
         """Resources of one process."""
-        return {"CPU": 1.0, "GPU": self.gpus} if self.gpus else {"CPU": 1.0}
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of each: named, for an actor with a part of a GPU would take a whole one for life."""
+        return self.gpus if 0 < self.gpus < 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +197,7 @@ def _pack(shape: Shape) -> PlacementGroup:
 def _start(shape: Shape, group: PlacementGroup | None, rank: int) -> Any:
     place = None if group is None else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
     remote: Any = ray.remote(
-        num_cpus=1, num_gpus=shape.gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=place
+        num_cpus=shape.cpus, num_gpus=shape.gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=place
     )
     return remote(_Host).remote()
 

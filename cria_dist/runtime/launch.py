@@ -33,7 +33,7 @@ def run(config: RunConfig, until: Stage = "evaluate") -> tuple[Job, Report | Non
     Raises:
         CriaError: see :mod:`cria_dist.errors`.
     """
-    job = prepare(config)
+    job = prepare(config, until)
     progress = Progress(job.folder)
     progress.note(f"run folder {job.folder}")
     state = "failed"

@@ -44,6 +44,11 @@ class RayPool:
         """See :attr:`cria_dist.pool.Pool.workers`."""
         return self._workers
 
+    @property
+    def on_gpus(self) -> bool:
+        """See :attr:`cria_dist.pool.Pool.on_gpus`."""
+        return self._gpus > 0
+
     def map(
         self,
         make_worker: Callable[[], Callable[[Item], Result]],
@@ -55,7 +60,9 @@ class RayPool:
         if not items:
             return
         flow = flow or Flow()
-        crews = self._crew_up(flow.ranks, min(workers or self._workers, len(items)))
+        shape = Shape(flow.ranks, self._gpus / flow.sharing)
+        places = self._workers * (flow.sharing if self._gpus else 1)
+        crews = self._crew_up(shape, min(workers or places, len(items), max(places // flow.ranks, 1)))
         backlog = Backlog(items, flow, len(crews))
         meter = Meter()
         try:
@@ -85,14 +92,13 @@ class RayPool:
             crew.close()
         self._crews = []
 
-    def _crew_up(self, ranks: int, count: int) -> list[Crew[Any]]:
+    def _crew_up(self, shape: Shape, count: int) -> list[Crew[Any]]:
         """The workers of a new stage."""
         self._stage += 1
-        shape = Shape(ranks, self._gpus)
-        if self._gpus or ranks > 1 or any(crew.shape != shape for crew in self._crews):
+        if self._gpus or shape.ranks > 1 or any(crew.shape != shape for crew in self._crews):
             # torch and CuPy keep separate memory pools, and a process group cannot be formed twice
             self.release()
-        while len(self._crews) < min(count, max(self._workers // ranks, 1)):
+        while len(self._crews) < count:
             self._crews.append(Crew(shape))
         return self._crews[:count]
 

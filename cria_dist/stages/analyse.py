@@ -8,12 +8,16 @@ import numpy as np
 
 from cria_dist import arrays
 from cria_dist.errors import NumericError
+from cria_dist.maths import density
 from cria_dist.methods import Method, SiteStatistics
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.records import Float64, Scores, Site
 from cria_dist.store.recording import Recording
 from cria_dist.store.site_scores import write_scores
+
+MOST_PER_DEVICE = 4
+"""Analysts on one GPU; beyond a few they only wait for each other's kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,7 @@ class AnalyseTask:
         folder: where ``scores/`` and ``spectra/`` go.
         digest: digest of recording, weights and method.
         seed: seed of the run.
+        sharing: analysts on one GPU.
     """
 
     recording: Recording
@@ -35,6 +40,18 @@ class AnalyseTask:
     folder: Path
     digest: str
     seed: int
+    sharing: int = 1
+
+
+def analyst_bytes(tokens: int, width: int) -> int:
+    """Memory of one analyst: three signals, their working copies, and dense matrices where the spectrum is exact."""
+    dense = 4 * 8 * width * width if width <= density.EXACT_LIMIT else 0
+    return 6 * 4 * tokens * width + dense
+
+
+def analysts_per_device(tokens: int, width: int, available: int) -> int:
+    """How many analysts of this size one GPU holds at the same time."""
+    return max(1, min(MOST_PER_DEVICE, available // analyst_bytes(tokens, width)))
 
 
 class Analyst:
@@ -43,6 +60,7 @@ class Analyst:
     def __init__(self, task: AnalyseTask) -> None:
         self._task = task
         self._library: arrays.Library = arrays.choose()[0]
+        arrays.limit_memory(1 / task.sharing)
         self._config = checkpoint.read_config(task.model_dir)
         self._family = family_of(self._config)
 
@@ -86,7 +104,7 @@ class Analyst:
 
     def _weight_norms(self, site: Site) -> tuple[Float64, Float64]:
         """Coupled norm (incoming rows together, times the outgoing column) and norm of the outgoing column."""
-        modules = self._family.modules(site)
+        modules = self._family.stored(site)
         with checkpoint.open_tensors(self._task.model_dir) as tensors:
             squared_N = sum(
                 tensors.read(f"{name}.weight").double().square().sum(dim=1).numpy() for name in modules.inputs.values()

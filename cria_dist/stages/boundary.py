@@ -46,6 +46,12 @@ def delete(recording: Recording, layer: int, shard: int) -> None:
     recording.storage.delete(_name(recording, layer, shard))
 
 
+def delete_all(recording: Recording) -> None:
+    """Remove what interrupted runs left, those with other weights or tokens too."""
+    for name in recording.storage.sizes(FOLDER):
+        recording.storage.delete(name)
+
+
 def stored(recording: Recording) -> set[tuple[int, int]]:
     """The (layer, shard) pairs whose hidden states are there."""
     names = [name.split("/")[-2:] for name in recording.storage.sizes(_folder(recording))]

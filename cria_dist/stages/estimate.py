@@ -10,26 +10,35 @@ import torch
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
-from cria_dist.models.family import GatedMlpFamily, family_of
+from cria_dist.models.family import family_of
+from cria_dist.models.mlp import MlpFamily
 from cria_dist.stages import memory, probe, schedule
-from cria_dist.stages.footprint import SIGNALS, Workload, in_units, itemsize, num_shards, signal_dtype
+from cria_dist.stages.analyse import analyst_bytes
+from cria_dist.stages.footprint import Workload, in_units, itemsize, num_shards, signal_dtype
+from cria_dist.store.moments import stored_bytes
+
+RECORDED = ("signals", "moments", "boundaries")
+"""What lies in ``record.storage`` where there is one."""
 
 
 def bytes_of_run(
-    config: RunConfig, model_config: Mapping[str, Any], family: GatedMlpFamily, parameters: int
+    config: RunConfig, model_config: Mapping[str, Any], family: MlpFamily, parameters: int
 ) -> dict[str, int]:
-    """Bytes the run writes: signals, moments, hidden states between blocks (peak), checkpoints, the recovery's own."""
+    """Bytes the run writes: inputs, signals, moments, hidden states between blocks (peak), checkpoints, recovery."""
     widths = family.widths(model_config).values()
-    tokens = config.data.calibration_sequences * config.data.sequence_length
+    sequences, length = config.data.calibration_sequences, config.data.sequence_length
+    tokens = sequences * family.positions(model_config, length)
+    recovers = config.recover.steps > 0 and family.takes == "tokens"
     hidden_states = tokens * int(model_config["hidden_size"]) * itemsize(config.model.dtype)
     model_bytes = parameters * itemsize(str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32"))
     rounds = config.prune.rounds
     return {
-        "signals": rounds * config.record.tokens * sum(widths) * SIGNALS * itemsize(signal_dtype(config)),
-        "moments": rounds * num_shards(config) * sum(width * width for width in widths) * 4,
+        "inputs": 4 * sequences * math.prod(family.input_shape(model_config, length)),
+        "signals": rounds * config.record.tokens * sum(widths) * family.signals() * itemsize(signal_dtype(config)),
+        "moments": rounds * num_shards(config) * sum(map(stored_bytes, widths)),
         "boundaries": 0 if config.record.schedule == "replicate" else hidden_states,
-        "checkpoints": model_bytes * (rounds + (1 if config.recover.steps else 0)),
-        "recovery_state": 2 * 12 * parameters if config.recover.steps else 0,
+        "checkpoints": model_bytes * (rounds + recovers),
+        "recovery_state": 2 * 12 * parameters * recovers,
     }
 
 
@@ -56,13 +65,13 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
         "prunable_parameters": sum(work.sizes.widths) * family.unit_cost(model_config),
         "sites": work.layers,
         "units_per_site": widest,
-        "calibration_tokens": config.data.calibration_sequences * config.data.sequence_length,
+        "calibration_tokens": config.data.calibration_sequences * work.length,
         "shards": num_shards(config),
         **{f"storage_bytes.{name}": size for name, size in storage.items()},
         "storage_bytes.total": sum(storage.values()),
         **_advice(config, storage),
         **_memory(config, work, workers),
-        "analyst_memory_bytes": 4 * config.record.tokens * widest * 6 + 8 * 4 * widest * widest,
+        "analyst_memory_bytes": analyst_bytes(config.record.tokens, widest),
         "forward_flop": forward,
         "moments_flop": moments,
         "seconds": round(_probed(config, work, workers, directory) if measured else _at_best(config, work, workers), 1),
@@ -74,7 +83,7 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
 def flop(config: RunConfig, work: Workload) -> tuple[int, int]:
     """Floating-point operations to record: forward passes (full T x T attention, no head), sums of products."""
     sizes = work.sizes
-    tokens = config.data.calibration_sequences * config.data.sequence_length * config.prune.rounds
+    tokens = config.data.calibration_sequences * work.length * config.prune.rounds
     attention = 4 * work.length * sizes.heads * sizes.head_dim * work.layers
     return tokens * (2 * sum(sizes.layers) + attention), tokens * 2 * sum(width * width for width in sizes.widths)
 

@@ -12,11 +12,10 @@ import torch
 
 from cria_dist.config import RunConfig
 from cria_dist.models.blocks import Block
-from cria_dist.models.family import ModelDict, family_of
+from cria_dist.models.family import family_of
+from cria_dist.models.mlp import ModelDict
 from cria_dist.models.sizes import Sizes, sizes_of
 
-SIGNALS = 3
-"""Recorded signals of a unit: gate, up, output."""
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -57,9 +56,12 @@ class Workload:
 
     def __init__(self, config: RunConfig, model_config: ModelDict) -> None:
         self.model_config = model_config
-        self.sizes: Sizes = sizes_of(model_config, family_of(model_config))
+        family = family_of(model_config)
+        self.sizes: Sizes = sizes_of(model_config, family)
         self.itemsize = itemsize(config.model.dtype)
-        self.length = config.data.sequence_length
+        self.length = family.positions(model_config, config.data.sequence_length)
+        self.input_shape = family.input_shape(model_config, config.data.sequence_length)
+        self.signals = family.signals()
         self.shard = min(shard_sequences(config), config.data.calibration_sequences)
         self.batch = min(config.record.batch_sequences, self.shard)
         self.sampled = math.ceil(config.record.tokens * self.shard / config.data.calibration_sequences)
@@ -83,7 +85,7 @@ class Workload:
         if ranks > 1:
             weights += sizes.head
         moments = sum(width * width + width for width in widths) * 4 // ranks
-        signal = SIGNALS * self.sampled * itemsize(self.signal_dtype)
+        signal = self.signals * self.sampled * itemsize(self.signal_dtype)
         # one site is written beside the computation: the columns and the file, the moments as a file, twice
         writing = (2 * signal * max(widths) + 2 * 4 * max(widths) ** 2) // ranks
         data = signal * sum(widths) // ranks + writing + self._hidden_states(block)
@@ -101,9 +103,10 @@ class Workload:
         return hidden + max(attention, mlp)
 
     def _hidden_states(self, block: Block) -> int:
-        """Of a shard: those before the block, and those after it as tensor, file and file with its seal."""
+        """Of a shard: those before the block (or pixels), and those after it as tensor, file and file with its seal."""
         state = self.shard * self.length * self.sizes.hidden * self.itemsize
-        return state * ((not block.is_first) + 3 * (not (block.is_first and block.is_last)))
+        pixels = self.shard * math.prod(self.input_shape) * 4 if len(self.input_shape) > 1 else 0
+        return (pixels if block.is_first else state) + 3 * state * (not (block.is_first and block.is_last))
 
 
 def shard_sequences(config: RunConfig) -> int:

@@ -4,17 +4,20 @@ Shape suffixes: S images, C channels, H and W pixels.
 """
 
 import io
-from collections.abc import Iterator
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cria_dist.config import CorpusConfig
+from cria_dist.config import CorpusConfig, DataConfig
 from cria_dist.errors import ConfigError, DataError
-from cria_dist.files import write_with
+from cria_dist.files import file_digest, write_with
 from cria_dist.stages.sources import Where, read_items
+from cria_dist.stages.token_files import Cut
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -32,8 +35,8 @@ def load_processor(model_dir: Path) -> "BaseImageProcessor":
 
     if not (model_dir / "preprocessor_config.json").is_file():
         raise ConfigError(
-            f"{model_dir} has no preprocessor_config.json, so its model does not read images; give it "
-            "text, or put the file beside the weights"
+            f"{model_dir} has no preprocessor_config.json, which says how its model takes images; put the file beside "
+            "the weights"
         )
     try:
         return AutoImageProcessor.from_pretrained(model_dir, backend="pil", local_files_only=True)
@@ -45,21 +48,46 @@ def load_processor(model_dir: Path) -> "BaseImageProcessor":
         ) from error
 
 
-def write_pixels(path: Path, corpus: CorpusConfig, processor: "BaseImageProcessor", images: int, what: str) -> None:
-    """Write the first images of a corpus as a float32 ``.npy`` of [S, C, H, W]; one image is in memory at a time.
+def write_pixels(
+    path: Path, corpus: CorpusConfig, processor: "BaseImageProcessor", shape: tuple[int, ...], what: str
+) -> None:
+    """Write the first images of a corpus as a float32 ``.npy``; one image is in memory at a time.
 
     Args:
         path: file to write, whole or not at all.
         corpus: a Parquet file, data set or folder of images; ``field`` holds them in the ``datasets`` Image format.
         processor: see :func:`load_processor`.
-        images: number of images; reads no further.
+        shape: of the array, [S, C, H, W]: number of images (reads no further) and what the model takes.
         what: ``calibration`` or ``test``, for messages.
 
     Raises:
         ConfigError: the field does not hold images.
-        DataError: too few images, one that cannot be decoded, or one that the processor leaves at another size.
+        DataError: too few images, one that cannot be decoded, or one that the processor makes another shape of.
     """
-    write_with(path, lambda temporary: _fill(temporary, _prepared(corpus, processor), images, what))
+    write_with(path, lambda temporary: _fill(temporary, _prepared(corpus, processor), shape, what))
+
+
+@contextmanager
+def staged_pixels(folder: Path, model_dir: Path, data: DataConfig, shape: tuple[int, ...]) -> Generator[Cut]:
+    """The calibration images, prepared in a hidden folder; they are gone afterwards unless they were written.
+
+    Args:
+        folder: run folder, which may still turn out to be another run's.
+        model_dir: checkpoint with the image processor.
+        data: names and counts the images.
+        shape: channels, height and width that the model takes.
+
+    Raises:
+        ConfigError: there is no image processor, or the field does not hold images.
+        DataError: see :func:`write_pixels`.
+    """
+    staging = folder / ".images"
+    shape = (data.calibration_sequences, *shape)
+    try:
+        write_pixels(staging / "calibration.npy", data.calibration, load_processor(model_dir), shape, "calibration")
+        yield Cut(file_digest(staging / "calibration.npy"), (staging / "calibration.npy").replace)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def decode(value: Any, where: Where) -> NDArray[np.uint8] | None:
@@ -75,7 +103,7 @@ def decode(value: Any, where: Where) -> NDArray[np.uint8] | None:
         return None
     if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
         kind = type(value).__name__
-        raise ConfigError(f"{where()} holds {kind}, not images (bytes and path); name a field of images")
+        raise ConfigError(f"{where()} holds {kind}, not images (bytes and path); name a source and field of images")
     try:
         with Image.open(io.BytesIO(_encoded(value))) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -98,17 +126,14 @@ def _prepared(corpus: CorpusConfig, processor: "BaseImageProcessor") -> Iterator
         yield batch["pixel_values"][0]
 
 
-def _fill(path: Path, prepared: Iterator[Pixels], images: int, what: str) -> None:
-    pixels_SCHW: np.memmap | None = None
-    there = 0
+def _fill(path: Path, prepared: Iterator[Pixels], shape: tuple[int, ...], what: str) -> None:
+    images, there = shape[0], 0
+    pixels_SCHW = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     for there, image_CHW in enumerate(prepared, 1):
-        if pixels_SCHW is None:
-            shape = (images, *image_CHW.shape)
-            pixels_SCHW = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-        if image_CHW.shape != pixels_SCHW.shape[1:]:
+        if image_CHW.shape != shape[1:]:
             raise DataError(
-                f"{what} image {there - 1} (from 0) becomes {image_CHW.shape} and the first became "
-                f"{pixels_SCHW.shape[1:]}; set do_resize and size in preprocessor_config.json, or give equal images"
+                f"{what} image {there - 1} (from 0) becomes {image_CHW.shape} and the model takes {shape[1:]}; set "
+                "do_resize and size in preprocessor_config.json, or give images of this size"
             )
         pixels_SCHW[there - 1] = image_CHW
         if there == images:

@@ -55,7 +55,7 @@ class ObservedBlock:
         """Run a shard and observe it.
 
         Args:
-            values: its tokens [S, T], or the hidden states [S, T, D] before the block.
+            values: its tokens [S, T] or pixels [S, C, H, W], or the hidden states [S, T, D] before the block.
             sequences: numbers of its sequences.
             sample: the tokens to keep.
             batch: sequences per forward pass.

@@ -1,8 +1,9 @@
 """Everything that can be checked before the first worker starts, and the facts all stages share."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, PlanError
 from cria_dist.maths.allocation import uniform_widths, units_ratio_for_parameters
 from cria_dist.models import checkpoint
-from cria_dist.models.family import GatedMlpFamily, family_of
-from cria_dist.records import Site
+from cria_dist.models.family import family_of
+from cria_dist.models.mlp import MlpFamily
+from cria_dist.records import Site, Stage
+from cria_dist.stages import checks
 from cria_dist.stages.corpus import load_tokens
-from cria_dist.stages.estimate import bytes_of_run
-from cria_dist.stages.token_files import TokenFiles, digests_of
+from cria_dist.stages.images import staged_pixels
+from cria_dist.stages.token_files import NAMES, Cut, InputFiles, cut_tokens
 from cria_dist.store import places
 
 log = logging.getLogger(__name__)
@@ -33,14 +36,14 @@ class Job:
         family: its adapter.
         widths: units per site.
         dense_parameters: parameters of the dense model, tied weights once.
-        digests: of the model, the calibration tokens and the test tokens.
+        digests: of the model and of the calibration and test tokens, or of the calibration images.
     """
 
     config: RunConfig
     folder: Path
     model_dir: Path
     model_config: Mapping[str, Any]
-    family: GatedMlpFamily
+    family: MlpFamily
     widths: Mapping[Site, int]
     dense_parameters: int
     digests: Mapping[str, str]
@@ -52,8 +55,13 @@ class Job:
 
     @property
     def calibration_path(self) -> Path:
-        """Calibration tokens, int32 [sequences, length]."""
-        return self.folder / "tokens" / "calibration.npy"
+        """Calibration tokens, int32 [sequences, length], or images, float32 [images, channels, height, width]."""
+        return self.folder / self.family.takes / "calibration.npy"
+
+    @property
+    def calibration_digest(self) -> str:
+        """Digest of the calibration tokens or images."""
+        return self.digests[f"calibration_{self.family.takes}"]
 
     @property
     def test_path(self) -> Path:
@@ -72,8 +80,12 @@ class Job:
         return final_widths(self.config, self.family, self.model_config, self.dense_parameters)
 
 
-def prepare(config: RunConfig) -> Job:
-    """Check the whole configuration against model, text, disk and run folder; write the tokens.
+def prepare(config: RunConfig, until: Stage = "evaluate") -> Job:
+    """Check the whole configuration against model, corpus, disk and run folder; write the tokens or pixels.
+
+    Args:
+        config: the configuration.
+        until: last stage that is wanted.
 
     Raises:
         ConfigError: what is asked for cannot be done.
@@ -84,22 +96,46 @@ def prepare(config: RunConfig) -> Job:
     model_dir = checkpoint.locate(config.model.path, config.model.revision)
     model_config = checkpoint.read_config(model_dir)
     family = family_of(model_config)
+    checks.check_takes(config, family, until)
+    checks.check_tensors(model_dir, family, model_config)
     dense_parameters = checkpoint.count_parameters(model_config)
     kept = final_widths(config, family, model_config, dense_parameters)
     family.narrowed(model_config, kept, config.prune.repair == "bias")
-    _check_methods(config, family.widths(model_config), kept)
-    _check_sampling(config)
+    checks.check_methods(config, family.widths(model_config), kept)
+    checks.check_sampling(config, family.positions(model_config, config.data.sequence_length))
     places.check(config.record.storage)
-    _check_disk(config, model_config, family, folder, dense_parameters)
-    tokenizer = checkpoint.load_tokenizer(model_dir)
-    store = TokenFiles(folder / "tokens", config.data, model_dir)
-    digests = store.digests()
-    tokens = None if digests else load_tokens(config.data, tokenizer)
-    digests = {"model": checkpoint.fingerprint(model_dir), **(digests_of(tokens) if tokens else digests)}
-    _claim(folder, config, digests)
-    if tokens:
-        store.write(tokens)
-    return Job(config, folder, model_dir, model_config, family, family.widths(model_config), dense_parameters, digests)
+    checks.check_disk(config, model_config, family, folder, dense_parameters)
+    digests = {"model": checkpoint.fingerprint(model_dir)}
+    job = Job(config, folder, model_dir, model_config, family, family.widths(model_config), dense_parameters, digests)
+    return replace(job, digests={**digests, **_write_inputs(job)})
+
+
+def _write_inputs(job: Job) -> Mapping[str, str]:
+    """Cut the corpus unless its files are there, make the run folder this run's, write; returns their digests."""
+    store = InputFiles(job.folder, job.family.takes, job.config.data, job.model_dir)
+    there = store.digests()
+    checks.check_not_foreign(job.folder)
+    with nullcontext({}) if there else _cuts(job) as cuts:
+        digests = there or store.name(cuts)
+        _claim(job.folder, job.config, {**job.digests, **digests})
+        if cuts:
+            store.write(cuts)
+    return digests
+
+
+@contextmanager
+def _cuts(job: Job) -> Generator[Mapping[str, Cut]]:
+    """The corpus as arrays."""
+    data = job.config.data
+    if job.family.takes == "tokens":
+        arrays = load_tokens(data, checkpoint.load_tokenizer(job.model_dir))
+        yield {name: cut_tokens(tokens_ST) for name, tokens_ST in zip(NAMES["tokens"], arrays, strict=True)}
+        return
+    shape = job.family.input_shape(job.model_config, data.sequence_length)
+    with _explaining(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+    with staged_pixels(job.folder, job.model_dir, data, shape) as cut:
+        yield {"calibration": cut}
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -111,7 +147,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def final_widths(
-    config: RunConfig, family: GatedMlpFamily, model_config: Mapping[str, Any], dense_parameters: int
+    config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any], dense_parameters: int
 ) -> dict[str, int]:
     """Units per site key that the budget leaves.
 
@@ -130,54 +166,23 @@ def final_widths(
     return kept
 
 
-def _check_methods(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[str, int]) -> None:
-    """Every site must be large enough for every method, in the last round too."""
-    scored = kept if config.prune.rounds > 1 else {site.key: width for site, width in widths.items()}
-    for method in (config.method, *config.compare):
-        for key, width in scored.items():
-            if width < method.smallest_site:
-                raise ConfigError(
-                    f"{method.title} needs at least {method.smallest_site} units and {key} has {width}; "
-                    "lower method.neighbours"
-                )
-
-
-def _check_sampling(config: RunConfig) -> None:
-    data, record = config.data, config.record
-    available = data.calibration_sequences * (data.sequence_length - 1)
-    if record.tokens > available:
+@contextmanager
+def _explaining(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
         raise ConfigError(
-            f"record.tokens={record.tokens} is more than the {available} tokens of {data.calibration_sequences} "
-            f"calibration sequences without their first; lower it or raise data.calibration_sequences"
-        )
-
-
-def _check_disk(
-    config: RunConfig, model_config: Mapping[str, Any], family: GatedMlpFamily, folder: Path, parameters: int
-) -> None:
-    needed = sum(bytes_of_run(config, model_config, family, parameters).values())
-    free = files.free_bytes(folder)
-    if needed > free:
-        raise ConfigError(
-            f"the run needs {needed / 1e9:.1f} GB below {folder} and {free / 1e9:.1f} GB are free; lower "
-            "record.tokens, raise record.shard_sequences, or set run.root to a larger volume"
-        )
+            f"{folder} cannot be written ({error.strerror}); choose another run.root or run.folder"
+        ) from error
 
 
 def _claim(folder: Path, config: RunConfig, digests: Mapping[str, str]) -> None:
-    """Write config.json, or check that the folder is this run's."""
+    """Write config.json, or check that it is this run's."""
     path = folder / "config.json"
     record = {"config": config.result_part(), "digests": dict(digests)}
     if not path.is_file():
-        foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
-        if foreign:
-            raise ConfigError(f"{folder} holds {foreign[0]!r} but no config.json of a run; choose another run.folder")
-        try:
+        with _explaining(folder):
             files.write_json(path, record)
-        except OSError as error:
-            raise ConfigError(
-                f"{folder} cannot be written ({error.strerror}); choose another run.root or run.folder"
-            ) from error
         return
     there = files.read_json(path)
     if there != record:

@@ -73,8 +73,10 @@ def flop_per_second(dtype: str) -> float:
 
 def _task(config: RunConfig, work: Workload, directory: Path, folder: Path, sequences: int) -> RecordTask:
     """Three batches: shard 0 has two of them, shard 1 one."""
-    tokens_ST = np.random.default_rng(0).integers(0, work.sizes.vocabulary, (3 * sequences, work.length))
-    np.save(folder / "tokens.npy", tokens_ST.astype(np.int32))
+    random, shape = np.random.default_rng(0), (3 * sequences, *work.input_shape)
+    vocabulary = work.sizes.vocabulary
+    inputs = random.integers(0, vocabulary, shape, np.int32) if vocabulary else random.random(shape, np.float32)
+    np.save(folder / "tokens.npy", inputs)
     sampled = config.record.tokens * 3 * sequences // config.data.calibration_sequences
     return RecordTask(
         recording=Recording(LocalStorage(folder / "recording"), "probe"),

@@ -1,7 +1,8 @@
 """Record: run calibration shards through blocks of the model, keep sampled signals and moments of every site.
 
 One runner serves every schedule: a work item is (block of layers, shard of sequences). A block that is not the first
-starts from the hidden states that the block before left in storage. Shapes: S sequences, T tokens, D hidden, N neurons.
+starts from the hidden states that the block before left in storage. Shapes: S sequences (or images), T tokens,
+C channels, H and W pixels, D hidden, N neurons.
 """
 
 import logging
@@ -16,6 +17,7 @@ import torch
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.models import checkpoint, ranks
 from cria_dist.models.blocks import Block
+from cria_dist.models.family import family_of
 from cria_dist.stages import boundary
 from cria_dist.stages.observed_block import ObservedBlock
 from cria_dist.stages.sample import TokenSample
@@ -32,7 +34,7 @@ class RecordTask:
     Attributes:
         recording: where to write.
         model_dir: checkpoint to observe.
-        tokens_path: calibration tokens.
+        tokens_path: calibration tokens, int32 [S, T], or pixels, float32 [S, C, H, W].
         numerics: how the model computes.
         signal_dtype: data type to store signals in.
         shard_sequences: sequences per shard.
@@ -97,8 +99,10 @@ class Recorder:
         self._ranks = ranks.join(size)
         if size > 1:
             weakref.finalize(self, ranks.leave)
-        self._tokens_ST = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)
-        count, length = self._tokens_ST.shape
+        self._inputs = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)
+        count, width = self._inputs.shape[:2]
+        config = checkpoint.read_config(task.model_dir)
+        length = family_of(config).positions(config, width)
         self._sample = TokenSample(task.seed, count, length, task.sampled_tokens)
         self._batch = task.batch_sequences
         self._observed: ObservedBlock | None = None
@@ -137,7 +141,7 @@ class Recorder:
         task, block, sequences = self._task, work.block, self._sequences(work)
         observed = self._with_block(block)
         if block.is_first:
-            values = torch.from_numpy(self._tokens_ST[sequences.start : sequences.stop].copy())
+            values = torch.from_numpy(self._inputs[sequences.start : sequences.stop].copy())
         else:
             values = boundary.read(task.recording, block.first, work.shard)
         with ShardWriter(task.recording, work.shard, self._sample.origin(sequences), task.signal_dtype) as writer:

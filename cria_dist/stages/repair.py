@@ -57,7 +57,7 @@ class Repairer:
             NumericError: the moments are not finite.
             DataError: a recorded file is missing or damaged.
         """
-        task, output = self._task, self._family.modules(site).output
+        task, output = self._task, self._family.stored(site).output
         with checkpoint.open_tensors(task.model_dir) as tensors:
             stored_DN = tensors.read(f"{output}.weight")
             bias_D = tensors.read(f"{output}.bias") if self._family.has_bias(self._config) else None

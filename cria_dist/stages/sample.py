@@ -13,8 +13,8 @@ class TokenSample:
 
     Attributes:
         seed: seed of the run.
-        sequences: number of calibration sequences.
-        length: tokens per sequence; all are real, none is padding.
+        sequences: number of calibration sequences or images.
+        length: tokens per sequence, patches and class token of an image; all are real, none is padding.
         tokens: tokens sampled over all sequences.
     """
 
@@ -27,7 +27,7 @@ class TokenSample:
         """Sorted positions sampled from one sequence.
 
         ``tokens // sequences`` of them, one more for the first ``tokens % sequences``. The first position is never
-        taken: it acts as an attention sink with activations of another scale.
+        taken: in text it acts as an attention sink with activations of another scale, in images it is the class token.
         """
         quota = self.tokens // self.sequences + (1 if sequence < self.tokens % self.sequences else 0)
         generator = np.random.default_rng((self.seed, sequence))

@@ -12,7 +12,7 @@ from typing import Literal
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.models.blocks import Block, partition
-from cria_dist.models.family import ModelDict
+from cria_dist.models.mlp import ModelDict
 from cria_dist.models.tensor_parallel import tensor_ranks_problem
 from cria_dist.pool import Flow, Pool
 from cria_dist.records import Site

@@ -1,11 +1,13 @@
-"""The tokens of a run as files: cut once, taken over by every later start while what they were cut from is the same.
+"""The tokens or pixels of a run as files: cut once, taken over by later starts while their source is the same.
 
 Shape suffixes: S sequences, T tokens per sequence.
 """
 
+import functools
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +16,87 @@ import numpy as np
 from cria_dist import files
 from cria_dist.config import CorpusConfig, DataConfig
 from cria_dist.errors import DataError
+from cria_dist.models.mlp import Takes
 from cria_dist.records import Int32
 
 log = logging.getLogger(__name__)
 
-NAMES = ("calibration", "test")
-RECORD = "tokens.json"
+NAMES: Mapping[Takes, tuple[str, ...]] = {"tokens": ("calibration", "test"), "images": ("calibration",)}
+"""Files of a run: nothing is measured on images yet."""
 SCHEMA = 1
 
 
-class TokenFiles:
-    """``calibration.npy``, ``test.npy`` and the record of what they were cut from, which is written last.
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One array that was just cut.
 
-    Files (text, data sets, tokenizer) are told apart by size and time of change, as ``make`` does it: a file that was
-    only touched is read again and found equal. What is not on this machine (a hub data set, a text deleted since) is
-    not asked for again: a run stays on the tokens it began with; ``revision`` pins a hub data set for the next run.
-
-    Args:
-        folder: folder of the files.
-        data: what they are cut from and how.
-        model_dir: checkpoint with the tokenizer.
+    Attributes:
+        digest: of its content.
+        write: writes the ``.npy`` file.
     """
 
-    def __init__(self, folder: Path, data: DataConfig, model_dir: Path) -> None:
-        self._folder = folder
-        self._data = data
+    digest: str
+    write: Callable[[Path], object]
+
+
+class InputFiles:
+    """``calibration.npy``, ``test.npy`` and the record of what they were cut from, which is written last.
+
+    Files (text, images, data sets, tokenizer) are told apart by size and time of change, as ``make`` does it: one that
+    was only touched is read again and found equal. What is not on this machine (a hub data set, a text deleted since)
+    is not asked for again: a run stays on the tokens it began with; ``revision`` pins a hub data set for the next run.
+
+    Args:
+        folder: run folder; the files lie in its ``tokens`` or ``images``.
+        takes: what the model takes.
+        data: what they are cut from and how.
+        model_dir: checkpoint with the tokenizer or image processor.
+    """
+
+    def __init__(self, folder: Path, takes: Takes, data: DataConfig, model_dir: Path) -> None:
+        self._folder = folder / takes
+        self._takes: Takes = takes
         tokenizer = [path for path in model_dir.iterdir() if path.is_file() and path.suffix != ".safetensors"]
         self._origin: dict[str, Any] = {
             "data": data.model_dump(mode="json"),
-            "calibration": _source_stamp(data.calibration),
-            "test": _source_stamp(data.test),
+            **{name: _source_stamp(getattr(data, name)) for name in NAMES[takes]},
             "tokenizer": _stamp(tokenizer, model_dir),
         }
 
     def digests(self) -> dict[str, str]:
-        """Digests as :func:`digests_of` gives them; empty when the text has to be cut: first, changed or damaged."""
+        """Digests as :meth:`name` gives them; empty when the corpus has to be cut: first, changed or damaged."""
         record = self._record()
         then = record.get("origin", {})
         if not record or any(now is not None and now != then.get(key) for key, now in self._origin.items()):
             return {}
-        for name in NAMES:
+        for name in NAMES[self._takes]:
             path = self._folder / f"{name}.npy"
             if not path.is_file() or files.file_digest(path) != record["files"][name]:
-                log.warning("%s is damaged or gone: the text is tokenised again", path)
+                log.warning("%s is damaged or gone: the corpus is read again", path)
                 return {}
         return record["digests"]
 
-    def write(self, tokens: tuple[Int32, Int32]) -> None:
-        """Write calibration and test tokens, then the record."""
+    def name(self, cuts: Mapping[str, Cut]) -> dict[str, str]:
+        """Digests of what was cut, as the run's ``config.json`` names them."""
+        return {f"{name}_{self._takes}": cut.digest for name, cut in cuts.items()}
+
+    def write(self, cuts: Mapping[str, Cut]) -> None:
+        """Write what was cut, then the record."""
         written: dict[str, str] = {}
-        for name, tokens_ST in zip(NAMES, tokens, strict=True):
+        for name, cut in cuts.items():
             path = self._folder / f"{name}.npy"
-            files.write_with(path, lambda temporary, tokens_ST=tokens_ST: _save(temporary, tokens_ST))
+            files.write_with(path, cut.write)
             written[name] = files.file_digest(path)
-        record = {"schema": SCHEMA, "origin": self._origin, "files": written, "digests": digests_of(tokens)}
-        files.write_json(self._folder / RECORD, {**record, "digest": files.digest(record)})
+        record = {"schema": SCHEMA, "origin": self._origin, "files": written, "digests": self.name(cuts)}
+        files.write_json(self._record_path, {**record, "digest": files.digest(record)})
+
+    @property
+    def _record_path(self) -> Path:
+        return self._folder / f"{self._takes}.json"
 
     def _record(self) -> Mapping[str, Any]:
         """The record of the last :meth:`write`; empty when there is none to trust."""
-        path = self._folder / RECORD
+        path = self._record_path
         if not path.is_file():
             return {}
         try:
@@ -82,17 +106,17 @@ class TokenFiles:
             return {}
         digest = record.pop("digest", None)
         if digest != files.digest(record) or record["schema"] != SCHEMA:
-            log.warning("%s is damaged or of another version: the text is tokenised again", path)
+            log.warning("%s is damaged or of another version: the corpus is read again", path)
             return {}
         return record
 
 
-def digests_of(tokens: tuple[Int32, Int32]) -> dict[str, str]:
-    """Digests of calibration and test tokens, as the run's ``config.json`` names them."""
-    return {f"{name}_tokens": files.digest(tokens_ST.tobytes()) for name, tokens_ST in zip(NAMES, tokens, strict=True)}
+def cut_tokens(tokens_ST: Int32) -> Cut:
+    """Tokens in memory, ready to be written."""
+    return Cut(files.digest(tokens_ST.tobytes()), functools.partial(_save, tokens_ST))
 
 
-def _save(path: Path, tokens_ST: Int32) -> None:
+def _save(tokens_ST: Int32, path: Path) -> None:
     with path.open("wb") as handle:
         np.save(handle, tokens_ST, allow_pickle=False)
 
@@ -102,8 +126,8 @@ def _source_stamp(corpus: CorpusConfig) -> object:
     if corpus.source.startswith("builtin:"):
         return platform.python_version()
     path = Path(corpus.source)
-    if path.is_dir():
-        return _stamp([entry for entry in path.rglob("*") if entry.is_file()], path)
+    if path.is_dir():  # of images, there may be a million
+        return files.digest(_stamp([entry for entry in path.rglob("*") if entry.is_file()], path))
     return _stamp([path], path.parent) if path.is_file() else None
 
 

@@ -15,12 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cria_dist.errors import DataError
+from cria_dist.files import HashedSink
 
 SCHEMA_VERSION = "2"
 WORDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
 TILE_UNITS = 8192
-COLUMN_SLACK_BYTES = 1 << 16
-"""Per column, for page headers and its entry in the footer; lz4 adds at most 1/255 to what it cannot compress."""
 
 Tiles = list[tuple[int, np.ndarray]]
 """Blocks of a signal, each with its first unit: words [T, n], views of the decompressed file."""
@@ -66,27 +65,20 @@ class SignalTable:
         return len(next(iter(self.tokens.values())))
 
 
-def encode(table: SignalTable, site_key: str) -> memoryview:
-    """The bytes of one Parquet file.
-
-    They are written into a buffer of their largest possible size: pages of it that stay empty take no memory, and a
-    buffer that grew would be copied (of 200 MB that took as long as encoding).
+def encode(table: SignalTable, site_key: str, sink: HashedSink) -> None:
+    """Write one Parquet file into a sink, page by page: 270 MB held back as a whole took twice as long.
 
     Raises:
         DataError: a signal does not have the words of the data type.
     """
-    arrow = _arrow_table(table, site_key)
-    target = pa.allocate_buffer(arrow.nbytes + arrow.nbytes // 255 + COLUMN_SLACK_BYTES * (arrow.num_columns + 1))
-    sink = pa.FixedSizeBufferWriter(target)
     pq.write_table(
-        arrow,
+        _arrow_table(table, site_key),
         sink,
         compression="lz4",
         use_dictionary=False,
         write_statistics=False,
         row_group_size=max(table.rows, 1),
     )
-    return memoryview(target)[: sink.tell()]
 
 
 def _arrow_table(table: SignalTable, site_key: str) -> pa.Table:

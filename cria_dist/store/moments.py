@@ -37,6 +37,12 @@ class StoredSums:
             gram_NN[row : row + len(block), row:] += block
 
 
+def stored_bytes(units: int) -> int:
+    """Bytes of the moments of a whole site in one shard, without the header of the file."""
+    blocks = range(0, units, BLOCK_ROWS)
+    return 4 * (units + sum(min(BLOCK_ROWS, units - row) * (units - row) for row in blocks))
+
+
 def encode(count: int, total_U: np.ndarray, gram_UN: np.ndarray, first: int = 0) -> bytes:
     """Bytes of one file.
 

@@ -6,9 +6,12 @@ before a stream is opened, handed over in one call, and an object whose upload w
 
 import contextlib
 import functools
+import io
 import os
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import BinaryIO
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import pyarrow.fs as pafs
@@ -38,6 +41,12 @@ class ObjectStorage:
 
     url: str
     folder: str = ""
+
+    def write_with(self, name: str, fill: Callable[[BinaryIO], None]) -> None:
+        """See :meth:`Storage.write_with`."""
+        finished = io.BytesIO()
+        fill(finished)
+        self.write(name, finished.getbuffer())
 
     def write(self, name: str, content: Content) -> None:
         """See :meth:`Storage.write`: one upload of finished bytes."""

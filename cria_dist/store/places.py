@@ -1,8 +1,14 @@
-"""Where the recording of a round lies: in its folder, or in an object store that the folder points to."""
+"""Where the recording of a round lies: in its folder, or in an object store that the folder points to.
 
+A run that differs from a neighbour only in ratio, method or recovery takes over the neighbour's.
+"""
+
+import shutil
 from pathlib import Path
 
 from cria_dist import files
+from cria_dist.errors import DataError
+from cria_dist.store.names import FOLDERS, MANIFEST
 from cria_dist.store.objects import ObjectStorage
 from cria_dist.store.recording import Recording
 from cria_dist.store.storage import LocalStorage
@@ -46,3 +52,43 @@ def check(url: str | None) -> None:
     """
     if url is not None:
         ObjectStorage(url).probe()
+
+
+def adopt(recording: Recording, root: Path) -> Path | None:
+    """Take over a complete recording with the same digest from a neighbouring run (hard links, no bytes copied).
+
+    A run that differs only in ratio, method or recovery has the same recording. One that has begun is resumed instead:
+    it may share a damaged file with the neighbour. In an object store recordings are named by their digest, so runs
+    share them without this.
+
+    Args:
+        recording: the recording wanted.
+        root: folder that holds the run folders.
+
+    Returns:
+        The folder it was taken from, or None if there is no such recording.
+    """
+    if not isinstance(recording.storage, LocalStorage) or recording.committed():
+        return None
+    folder = recording.storage.folder
+    for manifest in sorted(root.glob(f"*/round-*/{MANIFEST}")):
+        if manifest.parent == folder or not _is_complete(Recording(LocalStorage(manifest.parent), recording.digest)):
+            continue
+        for part in (*FOLDERS, "commits"):
+            shutil.copytree(manifest.parent / part, folder / part, copy_function=_link, dirs_exist_ok=True)
+        _link(str(manifest), str(folder / MANIFEST))
+        return manifest.parent
+    return None
+
+
+def _is_complete(recording: Recording) -> bool:
+    """A neighbour's damage is not ours to complain of."""
+    try:
+        return recording.is_complete()
+    except DataError:
+        return False
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    Path(target).hardlink_to(source)

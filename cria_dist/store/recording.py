@@ -4,12 +4,9 @@ Every (site, shard) is committed on its own, so that a run may go on with anothe
 Shapes: N units, M sampled tokens.
 """
 
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,9 +15,7 @@ from cria_dist.errors import DataError
 from cria_dist.records import Moments, Site
 from cria_dist.store import activations, moments
 from cria_dist.store.names import FOLDERS, MANIFEST, Slice, commit_name, commit_of, moments_name, signals_name
-from cria_dist.store.storage import LocalStorage, Storage
-
-__all__ = ["Recording", "Slice", "adopt"]
+from cria_dist.store.storage import Storage
 
 SCHEMA_VERSION = 3
 
@@ -39,15 +34,16 @@ class Recording:
 
     def write_signals(self, site: Site, shard: int, units: Slice, table: activations.SignalTable) -> dict[str, object]:
         """Store the signals of one (site, shard); returns rows, bytes and sha256 for the commit record."""
-        content = activations.encode(table, site.key)
-        return {"rows": table.rows, **self._store(signals_name(site, shard, units), content)}
+        facts = self._store(signals_name(site, shard, units), lambda sink: activations.encode(table, site.key, sink))
+        return {"rows": table.rows, **facts}
 
     def write_moments(
         self, site: Site, shard: int, units: Slice, sums: tuple[int, np.ndarray, np.ndarray]
     ) -> dict[str, object]:
         """Store count, total [units] and Gram rows [units, N] of one (site, shard); returns bytes and sha256."""
-        content = moments.encode(*sums, units.start)
-        return self._store(moments_name(site, shard, units), content)
+        return self._store(
+            moments_name(site, shard, units), lambda sink: sink.write(moments.encode(*sums, units.start))
+        )
 
     def commit(self, site: Site, shard: int, width: int, dtype: str, parts: Sequence[Mapping[str, Any]]) -> None:
         """Declare a (site, shard) finished; ``parts`` cover the units in order, one per slice."""
@@ -168,12 +164,19 @@ class Recording:
     def _commits(self, site: Site) -> list[dict[str, Any]]:
         return self.manifest()["sites"][site.key]
 
-    def _store(self, name: str, content: files.Content) -> dict[str, object]:
-        """Write and hash at the same time: neither holds the interpreter's lock, and each takes as long as encoding."""
-        with ThreadPoolExecutor(max_workers=1) as hasher:
-            facts = hasher.submit(files.facts, content)
-            self.storage.write(name, content)
-            return facts.result()
+    def _store(self, name: str, fill: Callable[[files.HashedSink], object]) -> dict[str, object]:
+        """Store what ``fill`` writes; returns its bytes and sha256."""
+        found: dict[str, object] = {}
+
+        def write(target: BinaryIO) -> None:
+            sink = files.HashedSink(target)
+            try:
+                fill(sink)
+            finally:
+                found.update(sink.facts())
+
+        self.storage.write_with(name, write)
+        return found
 
     def _sizes(self) -> dict[str, int]:
         return {name: size for folder in FOLDERS for name, size in self.storage.sizes(folder).items()}
@@ -195,43 +198,3 @@ def _is_whole(site: Site, shard: int, record: Mapping[str, Any], sizes: Mapping[
         if sizes.get(signals) != part["signals"]["bytes"] or sizes.get(sums) != part["moments"]["bytes"]:
             return False
     return True
-
-
-def adopt(recording: Recording, root: Path) -> Path | None:
-    """Take over a complete recording with the same digest from a neighbouring run (hard links, no bytes copied).
-
-    A run that differs only in ratio, method or recovery has the same recording. One that has begun is resumed instead:
-    it may share a damaged file with the neighbour. In an object store recordings are named by their digest, so runs
-    share them without this.
-
-    Args:
-        recording: the recording wanted.
-        root: folder that holds the run folders.
-
-    Returns:
-        The folder it was taken from, or None if there is no such recording.
-    """
-    if not isinstance(recording.storage, LocalStorage) or recording.committed():
-        return None
-    folder = recording.storage.folder
-    for manifest in sorted(root.glob(f"*/round-*/{MANIFEST}")):
-        if manifest.parent == folder or not _is_complete(Recording(LocalStorage(manifest.parent), recording.digest)):
-            continue
-        for part in (*FOLDERS, "commits"):
-            shutil.copytree(manifest.parent / part, folder / part, copy_function=_link, dirs_exist_ok=True)
-        _link(str(manifest), str(folder / MANIFEST))
-        return manifest.parent
-    return None
-
-
-def _is_complete(recording: Recording) -> bool:
-    """A neighbour's damage is not ours to complain of."""
-    try:
-        return recording.is_complete()
-    except DataError:
-        return False
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).unlink(missing_ok=True)
-    Path(target).hardlink_to(source)

@@ -1,8 +1,9 @@
 """Where a recording lies: a local or shared folder, or an object store. Whole objects or none, on both."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from cria_dist import files
 from cria_dist.errors import DataError
@@ -17,6 +18,14 @@ class Storage(Protocol):
 
         Raises:
             DataError: it cannot be stored (no space, no permission, the store refuses).
+        """
+        ...
+
+    def write_with(self, name: str, fill: Callable[[BinaryIO], None]) -> None:
+        """Store what ``fill`` writes; nothing if it raises.
+
+        Raises:
+            DataError: as with ``write``.
         """
         ...
 
@@ -48,9 +57,18 @@ class LocalStorage:
     folder: Path
 
     def write(self, name: str, content: Content) -> None:
-        """See :meth:`Storage.write`; temporary name, flush, rename."""
+        """See :meth:`Storage.write`."""
+        self.write_with(name, lambda sink: _put(sink, content))
+
+    def write_with(self, name: str, fill: Callable[[BinaryIO], None]) -> None:
+        """See :meth:`Storage.write_with`; temporary name, flush, rename."""
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as handle:
+                fill(handle)
+
         try:
-            files.write_bytes(self.folder / name, content)
+            files.write_with(self.folder / name, write)
         except OSError as error:
             raise DataError(
                 f"{self.where(name)} cannot be written ({error.strerror}); make room or change the permissions, "
@@ -78,3 +96,7 @@ class LocalStorage:
     def where(self, name: str) -> str:
         """See :meth:`Storage.where`."""
         return str(self.folder / name)
+
+
+def _put(sink: BinaryIO, content: Content) -> None:
+    sink.write(content)

@@ -75,7 +75,8 @@ def real_parameters(model: BlockModel) -> list[torch.nn.Parameter]:
 
 
 def test_every_family_is_tested() -> None:
-    assert set(FAMILIES) == {model["model_type"] for model in MODELS.values()}
+    decoders = {name for name, family in FAMILIES.items() if family.takes == "tokens"}
+    assert decoders == {model["model_type"] for model in MODELS.values()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

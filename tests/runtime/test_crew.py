@@ -89,6 +89,7 @@ def test_ranks_find_each_other_in_their_environment(pool: RayPool) -> None:
     assert address in {node["NodeManagerAddress"] for node in ray.nodes()}
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_crew_and_the_item_is_done_by_a_new_one(pool: RayPool, tmp_path: Path) -> None:
     make = functools.partial(Adder, tmp_path, (2, 4))
     assert dict(pool.map(make, [1, 2, 3, 4, 5], flow=PAIR)) == {item: 3.0 * item for item in range(1, 6)}

@@ -65,6 +65,7 @@ def test_results_of_a_recording_are_counted() -> None:
     assert done.counts() == {"tokens": 32, "bytes_written": 500, "peak_gpu_bytes": 0}
 
 
+@pytest.mark.slow
 def test_the_coordinator_tells_prometheus_what_was_done(tmp_path: Path) -> None:
     before = scrape()
     pool = RayPool(workers=2)

@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 from cria_dist.errors import DataError, NumericError
 from cria_dist.methods import Cria, Magnitude, Random, SiteStatistics, Verdict
 from cria_dist.models import checkpoint
+from cria_dist.models.blocks import partition
 from cria_dist.records import Site
+from cria_dist.stages import analyse
 from cria_dist.stages.analyse import AnalyseTask, Analyst
-from cria_dist.stages.record import Recorder, RecordTask
+from cria_dist.stages.record import Recorder, RecordTask, ShardWork
 from cria_dist.store.recording import Recording
 from cria_dist.store.site_scores import has_scores, read_scores
+from cria_dist.store.storage import LocalStorage
 
 SITE = Site(1)
 
@@ -27,12 +30,12 @@ def recording(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Recording
     folder = tmp_path_factory.mktemp("recording")
     tokens_ST = np.random.default_rng(0).integers(0, 256, (8, 32)).astype(np.int32)
     np.save(folder / "tokens.npy", tokens_ST)
-    made = Recording(folder, "digest")
+    made = Recording(LocalStorage(folder), "digest")
     numerics = checkpoint.Numerics()
     recorder = Recorder(RecordTask(made, pico, folder / "tokens.npy", numerics, "float32", 4, 4, 120, 0))
     for shard in range(2):
-        recorder(shard)
-    made.write_manifest(2)
+        recorder(ShardWork(shard, *partition(2, 1)))
+    made.write_manifest([Site(0), Site(1)], 2)
     return made
 
 
@@ -145,4 +148,11 @@ def test_too_many_neighbours_name_the_site_and_the_remedy(make_task: MakeTask) -
 
 def test_a_recording_that_is_gone_is_an_error(make_task: MakeTask, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
-        Analyst(make_task(Cria(), recording=Recording(tmp_path / "gone", "x")))(SITE)
+        Analyst(make_task(Cria(), recording=Recording(LocalStorage(tmp_path / "gone"), "x")))(SITE)
+
+
+def test_as_many_analysts_on_a_gpu_as_its_memory_holds() -> None:
+    one = analyse.analyst_bytes(8192, 11008)
+    assert one == 6 * 4 * 8192 * 11008  # no dense matrix: the spectrum of so many neurons is estimated
+    assert analyse.analyst_bytes(8192, 4096) == 6 * 4 * 8192 * 4096 + 4 * 8 * 4096**2
+    assert [analyse.analysts_per_device(8192, 11008, share * one // 2) for share in (1, 2, 5, 100)] == [1, 1, 2, 4]

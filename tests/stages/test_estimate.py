@@ -18,6 +18,7 @@ from cria_dist.models.sizes import sizes_of
 from cria_dist.stages import probe
 from cria_dist.stages.estimate import estimate, workers_assumed
 from cria_dist.stages.footprint import Workload, num_shards, shard_sequences
+from cria_dist.store.moments import stored_bytes
 
 RunConfigMaker = Callable[..., RunConfig]
 
@@ -57,7 +58,7 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert (found["sites"], found["units_per_site"], found["calibration_tokens"]) == (32, 11008, 262_144)
     assert found["storage_bytes.signals"] == 4096 * 32 * 11008 * 3 * 2
     assert found["shards"] == 16
-    assert found["storage_bytes.moments"] == 16 * 32 * 11008**2 * 4
+    assert found["storage_bytes.moments"] == 16 * 32 * stored_bytes(11008)
     assert found["storage_bytes.boundaries"] == TOKENS * 4096 * 2
     assert found["storage_bytes.checkpoints"] == 2 * 2 * 6_738_415_616
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
@@ -76,7 +77,7 @@ def test_llama_3_70b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None
     found = estimate(large(run_config, tmp_path, LLAMA_70B))
     assert time.process_time() - started < 20, "seconds, whatever the size"
     assert found["parameters"] == 70_553_706_496
-    assert found["storage_bytes.moments"] == 16 * 80 * 28672**2 * 4
+    assert found["storage_bytes.moments"] == 16 * 80 * stored_bytes(28672)
     assert str(found["schedule"]).startswith("pipeline: 139 GB of weights + 263 GB of moments")
     assert str(found["schedule"]).endswith("8 workers hold 10 layers each")
 
@@ -112,11 +113,11 @@ def test_advice_on_moments_is_right(run_config: RunConfigMaker, tmp_path: Path) 
     config = large(run_config, tmp_path, LLAMA_70B, shard_sequences=2)
     before = estimate(config)
     assert before["storage_bytes.advice"] == (
-        "moments are most of it; record.shard_sequences=19 makes 7 shards and 1.84 TB of moments"
+        "moments are most of it; record.shard_sequences=9 makes 15 shards and 2.01 TB of moments"
     )
-    record = config.record.model_copy(update={"shard_sequences": 19})
+    record = config.record.model_copy(update={"shard_sequences": 9})
     after = estimate(config.model_copy(update={"record": record}))
-    assert (after["shards"], after["storage_bytes.moments"]) == (7, 7 * 80 * 28672**2 * 4)
+    assert (after["shards"], after["storage_bytes.moments"]) == (15, 15 * 80 * stored_bytes(28672))
     assert "storage_bytes.advice" not in after
 
 

@@ -72,7 +72,7 @@ def test_pixels_are_what_the_preprocessor_config_asks_for(tmp_path: Path) -> Non
     pictures = [generated(number, (20 + number, 30)) for number in range(5)]
     parquet.write_table(image_rows([encoded(picture) for picture in pictures]), tmp_path / "rows.parquet")
     processor = load_processor(save_processor(tmp_path / "model"))
-    write_pixels(tmp_path / "pixels.npy", corpus(tmp_path / "rows.parquet"), processor, 4, "calibration")
+    write_pixels(tmp_path / "pixels.npy", corpus(tmp_path / "rows.parquet"), processor, (4, 3, 16, 16), "calibration")
     pixels_SCHW = np.load(tmp_path / "pixels.npy", mmap_mode="r", allow_pickle=False)
     assert (pixels_SCHW.shape, pixels_SCHW.dtype) == ((4, 3, 16, 16), np.float32)
     for row_CHW, picture in zip(pixels_SCHW, pictures, strict=False):
@@ -93,7 +93,7 @@ def test_a_folder_of_images_and_a_data_set_of_them_are_the_same(tmp_path: Path) 
     parquet.write_table(image_rows([encoded(picture) for picture in pictures]), tmp_path / "set" / "train.parquet")
     processor = load_processor(save_processor(tmp_path / "model"))
     for source in ("folder", "set"):
-        write_pixels(tmp_path / f"{source}.npy", corpus(tmp_path / source), processor, 6, "calibration")
+        write_pixels(tmp_path / f"{source}.npy", corpus(tmp_path / source), processor, (6, 3, 16, 16), "calibration")
     assert (tmp_path / "folder.npy").read_bytes() == (tmp_path / "set.npy").read_bytes()
     np.testing.assert_allclose(np.load(tmp_path / "set.npy")[5], expected(pictures[5]), atol=2e-6)
 
@@ -138,7 +138,7 @@ def test_no_more_images_are_decoded_than_asked_for(tmp_path: Path, monkeypatch: 
     contents = [encoded(generated(number)) for number in range(50)]
     parquet.write_table(image_rows(contents), tmp_path / "rows.parquet")
     processor = load_processor(save_processor(tmp_path / "model"))
-    write_pixels(tmp_path / "pixels.npy", corpus(tmp_path / "rows.parquet"), processor, 7, "test")
+    write_pixels(tmp_path / "pixels.npy", corpus(tmp_path / "rows.parquet"), processor, (7, 3, 16, 16), "test")
     assert len(decoded) == 7
 
 
@@ -158,12 +158,12 @@ REFUSED: dict[str, tuple[pa.Table, dict[str, Any], type[CriaError], str]] = {
     ),
     "text": (
         pa.table({"image": ["a cat"]}), {}, ConfigError,
-        r"row 0 \(from 0\) holds str, not images \(bytes and path\); name a field of images",
+        r"row 0 \(from 0\) holds str, not images \(bytes and path\); name a source and field of images",
     ),
     "no such field": (pa.table({"a": [1], "b": [2]}), {}, ConfigError, r"field='image' is not in .*; it has: 'a', 'b'"),
     "unequal sizes": (
-        rows_of_sizes((8, 8), (8, 8), (9, 8)), {"do_resize": False}, DataError,
-        r"calibration image 2 \(from 0\) becomes \(3, 8, 9\) and the first became \(3, 8, 8\); set do_resize",
+        rows_of_sizes((16, 16), (16, 16), (9, 8)), {"do_resize": False}, DataError,
+        r"calibration image 2 \(from 0\) becomes \(3, 8, 9\) and the model takes \(3, 16, 16\); set do_resize",
     ),
 }  # fmt: skip
 
@@ -174,14 +174,15 @@ def test_refused(
 ) -> None:
     parquet.write_table(table, tmp_path / "rows.parquet")
     processor = load_processor(save_processor(tmp_path / "model", **changes))
+    rows, out = corpus(tmp_path / "rows.parquet"), tmp_path / "out" / "pixels.npy"
     with pytest.raises(error, match=complaint) as refusal:
-        write_pixels(tmp_path / "out" / "pixels.npy", corpus(tmp_path / "rows.parquet"), processor, 3, "calibration")
+        write_pixels(out, rows, processor, (3, 3, 16, 16), "calibration")
     assert "\n" not in str(refusal.value)
     assert not list((tmp_path / "out").iterdir()), "neither an array nor a part of one"
 
 
-def test_a_language_model_does_not_read_images(pico: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no preprocessor_config\.json, so its model does not read images"):
+def test_a_language_model_does_not_take_images(pico: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no preprocessor_config\.json, which says how its model takes images"):
         load_processor(pico)
 
 
@@ -203,7 +204,8 @@ def test_cifar10(part: str, tmp_path: Path) -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     size = {"height": 32, "width": 32}
     processor = load_processor(save_processor(tmp_path, size=size, image_mean=mean, image_std=std))
-    write_pixels(tmp_path / "pixels.npy", corpus(CIFAR10 / "test.parquet", part=part), processor, 256, "test")
+    source = corpus(CIFAR10 / "test.parquet", part=part)
+    write_pixels(tmp_path / "pixels.npy", source, processor, (256, 3, 32, 32), "test")
     pixels_SCHW = np.load(tmp_path / "pixels.npy", mmap_mode="r")
     start = 0 if part == "first" else 5000
     column = parquet.read_table(CIFAR10 / "test.parquet", columns=["image"])["image"][start : start + 256].to_pylist()

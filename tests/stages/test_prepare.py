@@ -166,7 +166,7 @@ def test_no_disk_space(run_config: RunConfigMaker, tmp_path: Path, monkeypatch: 
     shutil.rmtree(job.folder)
     needed = sum(bytes_of_run(config, job.model_config, job.family, job.dense_parameters).values())
     monkeypatch.setattr(files, "free_bytes", lambda path: needed - 1)
-    with pytest.raises(ConfigError, match=r"the run needs [\d.]+ GB below .*pico-.* are free; lower record\.tokens"):
+    with pytest.raises(ConfigError, match=r"the run needs [\d.]+ MB below .*pico-.* are free; lower record\.tokens"):
         prepare(config)
     assert not job.folder.exists()
     monkeypatch.setattr(files, "free_bytes", lambda path: needed)
@@ -246,7 +246,7 @@ def test_estimate_adds_up(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert found["parameters"] == job.dense_parameters
     assert found["shards"] == 3
     assert found["storage_bytes.signals"] == 200 * 96 * 3 * 4
-    assert found["storage_bytes.moments"] == 3 * 2 * 48 * 48 * 4
+    assert found["storage_bytes.moments"] == 3 * 2 * (48 * 48 + 48) * 4
     assert found["storage_bytes.boundaries"] == 12 * 32 * 32 * 4
     parts = [
         size for name, size in found.items() if name.startswith("storage_bytes.") and name != "storage_bytes.total"

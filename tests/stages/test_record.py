@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -389,14 +390,14 @@ def test_tokens_that_end_before_the_shard_are_an_error(task: RecordTask) -> None
 
 def test_an_error_of_the_store_ends_the_shard(task: RecordTask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by another thread, told by this one; nothing is committed after it."""
-    write = LocalStorage.write
+    write_with = LocalStorage.write_with
 
-    def full(self: LocalStorage, name: str, content: bytes) -> None:
+    def full(self: LocalStorage, name: str, fill: Callable[[BinaryIO], None]) -> None:
         if name.startswith(f"moments/{SITES[0].key}"):
             raise DataError(f"{self.where(name)} cannot be written (no space left)")
-        write(self, name, content)
+        write_with(self, name, fill)
 
-    monkeypatch.setattr(LocalStorage, "write", full)
+    monkeypatch.setattr(LocalStorage, "write_with", full)
     with pytest.raises(DataError, match=r"moments/layer-000.* cannot be written"):
         Recorder(task)(ShardWork(0, WHOLE))
     assert not task.recording.storage.sizes("commits")

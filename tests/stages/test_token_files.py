@@ -190,7 +190,7 @@ TOO_LITTLE: dict[str, tuple[dict[str, Any], type[CriaError], str]] = {
     "unknown format": (
         {"data": {"calibration": {"format": "xml"}}},
         ConfigError,
-        r'data\.calibration\.format="xml": .*\'text\' or \'chat\'',
+        r'data\.calibration\.format="xml": .*\'text\', \'chat\' or \'images\'',
     ),
 }  # fmt: skip
 

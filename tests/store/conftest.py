@@ -85,7 +85,7 @@ def moto_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """Port of an S3 server with the bucket ``bucket``."""
     program = shutil.which("moto_server", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
-        pytest.skip("moto_server is not on the path (dependency group s3)")
+        pytest.skip("moto_server is not on the path")
     port = free_port()
     with (tmp_path_factory.mktemp("moto") / "log").open("wb") as log:
         process = subprocess.Popen([program, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)

@@ -1,6 +1,7 @@
 """Signals of one shard: what is read is what was written, or an error that names the file."""
 
 import hashlib
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cria_dist.errors import DataError
+from cria_dist.files import HashedSink
 from cria_dist.store import activations
 from cria_dist.store.activations import SignalTable, StoredSignals
 
@@ -32,7 +34,9 @@ def words(dtype: str) -> dict[str, np.ndarray]:
 
 
 def encoded(signals: dict[str, np.ndarray], dtype: str = "float32", tokens: dict[str, np.ndarray] = TOKENS) -> bytes:
-    return bytes(activations.encode(SignalTable(signals, tokens, dtype), "layer-000.mlp"))
+    target = io.BytesIO()
+    activations.encode(SignalTable(signals, tokens, dtype), "layer-000.mlp", HashedSink(target))
+    return target.getvalue()
 
 
 def decoded(content: bytes, only: tuple[str, ...] = ()) -> StoredSignals:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from cria_dist.errors import DataError
-from cria_dist.store.recording import Recording, adopt
+from cria_dist.store.places import adopt
+from cria_dist.store.recording import Recording
 from cria_dist.store.storage import LocalStorage
 
 NOBODY = 65534

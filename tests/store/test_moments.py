@@ -88,6 +88,12 @@ def test_half_of_the_matrix_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(moments.encode(1, np.ones(256, np.float32), gram_NN)) < 0.56 * gram_NN.nbytes
 
 
+@pytest.mark.parametrize("units", [16, 512, 1300])
+def test_the_size_of_a_file_is_known_beforehand(units: int) -> None:
+    content = moments.encode(1, np.ones(units, np.float32), np.ones((units, units), np.float32))
+    assert 0 < len(content) - moments.stored_bytes(units) < 1024
+
+
 def test_what_lies_below_the_diagonal_is_the_mirror_of_what_lies_above(storage: LocalStorage) -> None:
     """A product of matrices need not be symmetric to the last bit; a Gram matrix must be."""
     gram_NN = np.arange(N * N, dtype=np.float32).reshape(N, N)

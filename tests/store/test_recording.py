@@ -10,7 +10,8 @@ import pytest
 from cria_dist import arrays
 from cria_dist.errors import DataError
 from cria_dist.store import places
-from cria_dist.store.recording import Recording, adopt
+from cria_dist.store.places import adopt
+from cria_dist.store.recording import Recording
 from cria_dist.store.storage import LocalStorage
 
 ALL = {(site, shard) for site in (0, 1) for shard in range(3)}

@@ -1,0 +1,89 @@
+"""Rules that the parts of a configuration must keep between them, checked before anything is computed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cria_dist import files
+from cria_dist.config import CorpusConfig, RunConfig
+from cria_dist.errors import ConfigError
+from cria_dist.models import checkpoint
+from cria_dist.models.mlp import MlpFamily
+from cria_dist.records import Site, Stage
+from cria_dist.stages.estimate import RECORDED, bytes_of_run
+from cria_dist.stages.footprint import in_units
+from cria_dist.stages.token_files import NAMES
+
+
+def check_methods(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[str, int]) -> None:
+    """Every site must be large enough for every method, in the last round too."""
+    scored = kept if config.prune.rounds > 1 else {site.key: width for site, width in widths.items()}
+    for method in (config.method, *config.compare):
+        for key, width in scored.items():
+            if width < method.smallest_site:
+                raise ConfigError(
+                    f"{method.title} needs at least {method.smallest_site} units and {key} has {width}; "
+                    "lower method.neighbours"
+                )
+
+
+def check_takes(config: RunConfig, family: MlpFamily, until: Stage) -> None:
+    """Corpora must be of what the model takes, and the stages up to the last one must know how to use it."""
+    for name in NAMES[family.takes]:
+        corpus: CorpusConfig = getattr(config.data, name)
+        if (corpus.format == "images") != (family.takes == "images"):
+            remedy = "images, and source and field to theirs" if family.takes == "images" else "text or chat"
+            raise ConfigError(
+                f"model_type {family.model_type!r} takes {family.takes}, but data.{name}.format={corpus.format}; "
+                f"set it to {remedy}, or give another model"
+            )
+    if family.takes == "images" and until in ("recover", "evaluate"):
+        raise ConfigError(
+            f"model_type {family.model_type!r} takes images, and recover and evaluate (hence prune) are for language "
+            "models; use cria record, analyse, decide or apply"
+        )
+
+
+def check_tensors(model_dir: Path, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
+    """The checkpoint must have what is to be pruned, under the names of the stock class."""
+    there = {name for names in checkpoint.weight_files(model_dir).values() for name in names}
+    wanted = [name for site in family.widths(model_config) for name in family.coupled_tensors(site, model_config)]
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise ConfigError(
+            f"{model_dir} has no tensor {missing[0]!r}; give a checkpoint that save_pretrained wrote of the model with "
+            f"its head ({checkpoint.stock_class(model_config).__name__}) and of this config.json"
+        )
+
+
+def check_sampling(config: RunConfig, positions: int) -> None:
+    """There must be as many tokens as are to be sampled; of every sequence or image, the first is never taken."""
+    data, record = config.data, config.record
+    available = data.calibration_sequences * (positions - 1)
+    if record.tokens > available:
+        raise ConfigError(
+            f"record.tokens={record.tokens} is more than the {available} tokens of {data.calibration_sequences} "
+            f"calibration sequences without their first; lower it or raise data.calibration_sequences"
+        )
+
+
+def check_disk(
+    config: RunConfig, model_config: Mapping[str, Any], family: MlpFamily, folder: Path, parameters: int
+) -> None:
+    """What the run writes must fit on the volume of its folder."""
+    parts = bytes_of_run(config, model_config, family, parameters)
+    elsewhere = RECORDED if config.record.storage is not None else ()
+    needed = sum(size for name, size in parts.items() if name not in elsewhere)
+    free = files.free_bytes(folder)
+    if needed > free:
+        raise ConfigError(
+            f"the run needs {in_units(needed)} below {folder} and {in_units(free)} are free; lower "
+            "record.tokens, raise record.shard_sequences, or set run.root to a larger volume"
+        )
+
+
+def check_not_foreign(folder: Path) -> None:
+    """A folder with other files is somebody's: nothing is written there."""
+    foreign = sorted(entry.name for entry in folder.glob("[!.]*"))
+    if foreign and not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} holds {foreign[0]!r} but no config.json of a run; choose another run.folder")
