@@ -6,9 +6,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from cria_dist.errors import ConfigError, DataError
 
@@ -34,6 +35,24 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_hashed(path: Path, write: Callable[[Path], object]) -> dict[str, object]:
+    """Like :func:`write_with`; returns bytes and sha256 of the file, hashed while the disk is waited for."""
+    with ThreadPoolExecutor(max_workers=1) as hasher:
+        found: list[Future[dict[str, object]]] = []
+
+        def write_then_hash(temporary: Path) -> None:
+            write(temporary)
+            found.append(hasher.submit(_file_facts, temporary.open("rb")))
+
+        write_with(path, write_then_hash)
+        return found[0].result()
+
+
+def _file_facts(handle: BufferedReader) -> dict[str, object]:
+    with handle:
+        return {"sha256": hashlib.file_digest(handle, "sha256").hexdigest(), "bytes": handle.tell()}
+
+
 def sync(path: Path) -> None:
     """Wait until a file is on its disk."""
     with path.open("rb") as handle:
@@ -57,38 +76,9 @@ def from_json(content: bytes, name: str) -> Any:
         raise DataError(f"{name} is damaged ({error}); delete it and run the same command again") from error
 
 
-class HashedSink:
-    """Counts and hashes what is written through it; hashing runs beside the writing, in a second thread.
-
-    Neither holds the interpreter's lock. ``pyarrow`` takes it for a file.
-    """
-
-    closed = False
-
-    def __init__(self, target: BinaryIO) -> None:
-        self._target = target
-        self._state = hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(max_workers=1)
-        self._bytes = 0
-
-    def write(self, content: Content) -> int:
-        """Write and hash."""
-        self._hasher.submit(self._state.update, content)
-        self._bytes += len(content)
-        return self._target.write(content)
-
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self._bytes
-
-    def flush(self) -> None:
-        """Hand what is buffered to the system."""
-        self._target.flush()
-
-    def facts(self) -> dict[str, object]:
-        """What a commit record says of a file: bytes and sha256. Nothing may be written after it."""
-        self._hasher.shutdown()
-        return {"bytes": self._bytes, "sha256": self._state.hexdigest()}
+def facts(content: Content) -> dict[str, object]:
+    """What a commit record says of a file: bytes and sha256."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def write_json(path: Path, record: object) -> None:

@@ -12,6 +12,7 @@ import torch
 from cria_dist.errors import NumericError
 from cria_dist.records import Site
 from cria_dist.stages.gram import gram_of
+from cria_dist.store.activations import tile_bounds
 from cria_dist.store.recording import Slice
 
 
@@ -42,7 +43,8 @@ class SiteObserver:
         self._gram = gram_of(units, width, device)
         self._gather = gather
         self._dtype = getattr(torch, dtype)
-        self._signals: dict[str, torch.Tensor] = {}  # kept from shard to shard: fresh pages cost as much as the copy
+        # tiles, kept from shard to shard: fresh pages cost as much as the copy
+        self._signals: dict[str, list[torch.Tensor]] = {}
         self._expected = 0
         self._rows = torch.empty(0, dtype=torch.int64, device=device)
         self._at = slice(0, 0)
@@ -93,12 +95,9 @@ class SiteObserver:
             finished, self._finished = self._finished, None
             finished()
 
-    def signals(self) -> dict[str, np.ndarray]:
-        """The sampled signals in the words of the storage data type, [R, U] each; valid until the next shard."""
-        kept = {name: signal_RU[: self._expected] for name, signal_RU in self._signals.items()}
-        if self._dtype is torch.bfloat16:
-            kept = {name: signal_RU.view(torch.uint16) for name, signal_RU in kept.items()}
-        return {name: signal_RU.cpu().numpy() for name, signal_RU in kept.items()}
+    def signals(self) -> dict[str, list[np.ndarray]]:
+        """Tiles of the sampled signals in the words of the storage, [R, n] each; valid until the next shard."""
+        return {name: [self._words(tile_RU) for tile_RU in tiles] for name, tiles in self._signals.items()}
 
     def moments(self) -> tuple[int, np.ndarray, np.ndarray]:
         """Tokens, their sum [U] and the sum of their products with all units [U, N], float32."""
@@ -118,22 +117,30 @@ class SiteObserver:
         broken = _broken(self.total_U) + _broken(self._gram.diagonal())
         if broken:
             raise NumericError(f"{where}: {broken} moments are NaN or infinite; {remedy}")
-        for name, signal_RU in self._signals.items():
-            if overflown := _broken(signal_RU[: self._expected]):
+        for name, tiles in self._signals.items():
+            if overflown := sum(_broken(tile_RU[: self._expected]) for tile_RU in tiles):
                 raise NumericError(
                     f"{where}: {overflown} values of signal {name!r} do not fit {self._dtype}; "
                     "set record.dtype=bfloat16 or float32"
                 )
 
     def _keep(self, name: str, signal_TU: torch.Tensor) -> None:
-        kept = self._signals.get(name)
-        if kept is None or len(kept) < self._expected:
-            kept = torch.empty(self._expected, len(self.total_U), dtype=self._dtype, device=signal_TU.device)
-            self._signals[name] = kept
-        if signal_TU.dtype == self._dtype:
-            torch.index_select(signal_TU, 0, self._rows, out=kept[self._at])
-        else:
-            kept[self._at] = signal_TU.index_select(0, self._rows)
+        bounds = tile_bounds(len(self.total_U))
+        tiles = self._signals.get(name)
+        if tiles is None or len(tiles[0]) < self._expected:
+            sizes = [(self._expected, stop - start) for start, stop in bounds]
+            tiles = [torch.empty(size, dtype=self._dtype, device=signal_TU.device) for size in sizes]
+            self._signals[name] = tiles
+        for (start, stop), tile_RU in zip(bounds, tiles, strict=True):
+            part_TU = signal_TU[:, start:stop]
+            if signal_TU.dtype == self._dtype:
+                torch.index_select(part_TU, 0, self._rows, out=tile_RU[self._at])
+            else:
+                tile_RU[self._at] = part_TU.index_select(0, self._rows)
+
+    def _words(self, tile_RU: torch.Tensor) -> np.ndarray:
+        kept = tile_RU[: self._expected]
+        return (kept.view(torch.uint16) if self._dtype is torch.bfloat16 else kept).cpu().numpy()
 
 
 def _broken(values: torch.Tensor) -> int:

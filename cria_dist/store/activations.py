@@ -7,7 +7,7 @@ Shapes: T tokens, N units of the file.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cria_dist.errors import DataError
-from cria_dist.files import HashedSink
 
 SCHEMA_VERSION = "2"
 WORDS = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
@@ -50,12 +49,13 @@ class SignalTable:
     """What one file is made of.
 
     Attributes:
-        signals: by signal name, [T, N] in the words of ``dtype`` (bfloat16 as uint16).
+        signals: by signal name, its tiles (see :func:`tile_bounds`), each [T, n] in the words of ``dtype`` (bfloat16 as
+            uint16) and contiguous.
         tokens: integer columns per token (sequence, position), [T].
         dtype: data type of the signals.
     """
 
-    signals: Mapping[str, np.ndarray]
+    signals: Mapping[str, Sequence[np.ndarray]]
     tokens: Mapping[str, np.ndarray]
     dtype: str
 
@@ -65,8 +65,13 @@ class SignalTable:
         return len(next(iter(self.tokens.values())))
 
 
-def encode(table: SignalTable, site_key: str, sink: HashedSink) -> None:
-    """Write one Parquet file into a sink, page by page: 270 MB held back as a whole took twice as long.
+def tile_bounds(units: int) -> list[tuple[int, int]]:
+    """First unit and end of every tile of a signal."""
+    return [(start, min(start + TILE_UNITS, units)) for start in range(0, units, TILE_UNITS)]
+
+
+def encode(table: SignalTable, site_key: str, sink: pa.NativeFile) -> None:
+    """Write one Parquet file into a sink, without a copy of the signals.
 
     Raises:
         DataError: a signal does not have the words of the data type.
@@ -82,17 +87,18 @@ def encode(table: SignalTable, site_key: str, sink: HashedSink) -> None:
 
 
 def _arrow_table(table: SignalTable, site_key: str) -> pa.Table:
-    """The signals as Arrow columns, without a copy of contiguous ones."""
     columns = {name: pa.array(values) for name, values in table.tokens.items()}
-    width = next(iter(table.signals.values())).shape[1]
-    for name, words_TN in table.signals.items():
-        if words_TN.dtype != WORDS[table.dtype]:
-            raise DataError(
-                f"signal {name!r} at {site_key} has words {words_TN.dtype}, dtype {table.dtype} needs "
-                f"{WORDS[table.dtype]}"
-            )
-        for start in range(0, width, TILE_UNITS):
-            columns[f"{name}.{start:05d}"] = binary_column(words_TN[:, start : start + TILE_UNITS])
+    width = 0
+    for name, tiles in table.signals.items():
+        width = 0
+        for words_TN in tiles:
+            if words_TN.dtype != WORDS[table.dtype]:
+                raise DataError(
+                    f"signal {name!r} at {site_key} has words {words_TN.dtype}, dtype {table.dtype} needs "
+                    f"{WORDS[table.dtype]}"
+                )
+            columns[f"{name}.{width:05d}"] = binary_column(words_TN)
+            width += words_TN.shape[1]
     metadata = {
         "cria.schema_version": SCHEMA_VERSION,
         "cria.dtype": table.dtype,
@@ -104,10 +110,9 @@ def _arrow_table(table: SignalTable, site_key: str) -> pa.Table:
 
 
 def binary_column(words_TN: np.ndarray) -> pa.Array:
-    """One fixed-size value per token; a view of contiguous words."""
-    contiguous = np.ascontiguousarray(words_TN)
-    binary = pa.binary(contiguous.shape[1] * contiguous.itemsize)
-    return pa.Array.from_buffers(binary, len(contiguous), [None, pa.py_buffer(contiguous)])
+    """One fixed-size value per token: a view of the words, which must be contiguous."""
+    binary = pa.binary(words_TN.shape[1] * words_TN.itemsize)
+    return pa.Array.from_buffers(binary, len(words_TN), [None, pa.py_buffer(words_TN)])
 
 
 def decode(content: bytes, path: str, sha256: str, only: Collection[str] = ()) -> StoredSignals:

@@ -6,16 +6,16 @@ before a stream is opened, handed over in one call, and an object whose upload w
 
 import contextlib
 import functools
-import io
 import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
+from cria_dist import files
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.files import Content
 
@@ -42,11 +42,13 @@ class ObjectStorage:
     url: str
     folder: str = ""
 
-    def write_with(self, name: str, fill: Callable[[BinaryIO], None]) -> None:
+    def write_with(self, name: str, fill: Callable[[pa.NativeFile], object]) -> dict[str, object]:
         """See :meth:`Storage.write_with`."""
-        finished = io.BytesIO()
+        finished = pa.BufferOutputStream()
         fill(finished)
-        self.write(name, finished.getbuffer())
+        content = memoryview(finished.getvalue())
+        self.write(name, content)
+        return files.facts(content)
 
     def write(self, name: str, content: Content) -> None:
         """See :meth:`Storage.write`: one upload of finished bytes."""

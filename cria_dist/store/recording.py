@@ -4,9 +4,9 @@ Every (site, shard) is committed on its own, so that a run may go on with anothe
 Shapes: N units, M sampled tokens.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -34,14 +34,16 @@ class Recording:
 
     def write_signals(self, site: Site, shard: int, units: Slice, table: activations.SignalTable) -> dict[str, object]:
         """Store the signals of one (site, shard); returns rows, bytes and sha256 for the commit record."""
-        facts = self._store(signals_name(site, shard, units), lambda sink: activations.encode(table, site.key, sink))
+        facts = self.storage.write_with(
+            signals_name(site, shard, units), lambda sink: activations.encode(table, site.key, sink)
+        )
         return {"rows": table.rows, **facts}
 
     def write_moments(
         self, site: Site, shard: int, units: Slice, sums: tuple[int, np.ndarray, np.ndarray]
     ) -> dict[str, object]:
         """Store count, total [units] and Gram rows [units, N] of one (site, shard); returns bytes and sha256."""
-        return self._store(
+        return self.storage.write_with(
             moments_name(site, shard, units), lambda sink: sink.write(moments.encode(*sums, units.start))
         )
 
@@ -163,20 +165,6 @@ class Recording:
 
     def _commits(self, site: Site) -> list[dict[str, Any]]:
         return self.manifest()["sites"][site.key]
-
-    def _store(self, name: str, fill: Callable[[files.HashedSink], object]) -> dict[str, object]:
-        """Store what ``fill`` writes; returns its bytes and sha256."""
-        found: dict[str, object] = {}
-
-        def write(target: BinaryIO) -> None:
-            sink = files.HashedSink(target)
-            try:
-                fill(sink)
-            finally:
-                found.update(sink.facts())
-
-        self.storage.write_with(name, write)
-        return found
 
     def _sizes(self) -> dict[str, int]:
         return {name: size for folder in FOLDERS for name, size in self.storage.sizes(folder).items()}

@@ -1,9 +1,12 @@
 """Where a recording lies: a local or shared folder, or an object store. Whole objects or none, on both."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
+
+import pyarrow as pa
 
 from cria_dist import files
 from cria_dist.errors import DataError
@@ -21,8 +24,8 @@ class Storage(Protocol):
         """
         ...
 
-    def write_with(self, name: str, fill: Callable[[BinaryIO], None]) -> None:
-        """Store what ``fill`` writes; nothing if it raises.
+    def write_with(self, name: str, fill: Callable[[pa.NativeFile], object]) -> dict[str, object]:
+        """Store what ``fill`` writes, nothing if it raises; returns bytes and sha256.
 
         Raises:
             DataError: as with ``write``.
@@ -58,21 +61,21 @@ class LocalStorage:
 
     def write(self, name: str, content: Content) -> None:
         """See :meth:`Storage.write`."""
-        self.write_with(name, lambda sink: _put(sink, content))
+        self.write_with(name, lambda sink: sink.write(content))
 
-    def write_with(self, name: str, fill: Callable[[BinaryIO], None]) -> None:
+    def write_with(self, name: str, fill: Callable[[pa.NativeFile], object]) -> dict[str, object]:
         """See :meth:`Storage.write_with`; temporary name, flush, rename."""
 
         def write(temporary: Path) -> None:
-            with temporary.open("wb") as handle:
-                fill(handle)
+            with pa.OSFile(str(temporary), "wb") as sink:
+                fill(sink)
 
         try:
-            files.write_with(self.folder / name, write)
+            return files.write_hashed(self.folder / name, write)
         except OSError as error:
             raise DataError(
-                f"{self.where(name)} cannot be written ({error.strerror}); make room or change the permissions, "
-                "then run the same command again"
+                f"{self.where(name)} cannot be written ({os.strerror(error.errno or 0)}); "  # Arrow adds to strerror
+                "make room or change the permissions, then run the same command again"
             ) from error
 
     def read(self, name: str) -> bytes:
@@ -96,7 +99,3 @@ class LocalStorage:
     def where(self, name: str) -> str:
         """See :meth:`Storage.where`."""
         return str(self.folder / name)
-
-
-def _put(sink: BinaryIO, content: Content) -> None:
-    sink.write(content)

@@ -20,7 +20,7 @@ from jobs.benchmarks.frame import RESULTS, alternate, seconds
 
 TOKENS = 4096
 PROTOCOL = (
-    "write: encode, write to a temporary name, fsync, rename; SHA-256 in a second thread beside the write. The bare "
+    "write: encode into a temporary name, fsync, rename; SHA-256 in a second thread beside the fsync. The bare "
     "contender is pyarrow.parquet.write_table of the same columns with the same options, to the same folder.",
     "write_ratio is the bare contender's median time over ours, both with fsync, the smallest over all cases; "
     "write_ratio_unsynced is against write_table without fsync.",
@@ -86,10 +86,14 @@ def _ratio(case: Mapping[str, list[float]], rival: str) -> float:
 
 def _measure(case: Case, folder: Path, repeats: int) -> dict[str, list[float]]:
     table = SignalTable(_signals(case), {"sequence": np.arange(TOKENS, dtype=np.int32)}, case.dtype)
-    columns = {name: activations.binary_column(words_TN) for name, words_TN in table.signals.items()}
+    columns = {
+        f"{name}.{tile}": activations.binary_column(words_TN)
+        for name, tiles in table.signals.items()
+        for tile, words_TN in enumerate(tiles)
+    }
     arrow = pa.table({"sequence": pa.array(table.tokens["sequence"]), **columns})
     recording, site, units = Recording(LocalStorage(folder), "benchmark"), Site(0), Slice(0, case.units)
-    megabytes = sum(words_TN.nbytes for words_TN in table.signals.values()) / 1e6
+    megabytes = sum(words_TN.nbytes for tiles in table.signals.values() for words_TN in tiles) / 1e6
 
     def speed(action: Callable[[], object]) -> Callable[[], float]:
         return lambda: megabytes / seconds(action)
@@ -113,14 +117,15 @@ def _bare(arrow: pa.Table, path: Path, sync: bool) -> None:
         files.sync(path)
 
 
-def _signals(case: Case) -> dict[str, np.ndarray]:
-    """Three signals; of float32 noise every bit is random enough, of bfloat16 the upper words."""
+def _signals(case: Case) -> dict[str, list[np.ndarray]]:
+    """Three signals in tiles, as recorders keep them; bfloat16 is the upper words of float32."""
     rng = np.random.default_rng(0)
-    signals: dict[str, np.ndarray] = {}
+    signals: dict[str, list[np.ndarray]] = {}
     for name in ("gate", "up", "output"):
         values_TN = rng.standard_normal((TOKENS, case.units), dtype=np.float32)
         if case.relu:
             values_TN = np.maximum(values_TN - np.float32(0.84), 0)
         words_TN = values_TN if case.dtype == "float32" else (values_TN.view(np.uint32) >> 16).astype(np.uint16)
-        signals[name] = words_TN
+        bounds = activations.tile_bounds(case.units)
+        signals[name] = [np.ascontiguousarray(words_TN[:, start:stop]) for start, stop in bounds]
     return signals

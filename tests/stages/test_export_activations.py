@@ -47,7 +47,7 @@ def record(run: Path, dtype: str, cuts: tuple[int, ...] = (0, N)) -> Path:
             parts = []
             for start, stop in pairwise(cuts):
                 units = Slice(start, stop)
-                own = {name: words[:, start:stop] for name, words in words_of(site, shard, dtype).items()}
+                own = {name: [words[:, start:stop].copy()] for name, words in words_of(site, shard, dtype).items()}
                 sums = (rows, np.zeros(stop - start, np.float32), np.zeros((stop - start, N), np.float32))
                 parts.append(
                     {

@@ -7,6 +7,7 @@ import torch
 from cria_dist.errors import NumericError
 from cria_dist.records import Site
 from cria_dist.stages.observe import SiteObserver
+from cria_dist.store import activations
 from cria_dist.store.recording import Slice
 
 WIDTH, HIDDEN = 6, 4
@@ -37,6 +38,20 @@ def batch(seed: int, sequences: int = 2, width: int = WIDTH) -> torch.Tensor:
     return torch.randn(sequences, 5, width, generator=torch.Generator().manual_seed(seed))
 
 
+def whole(observer: SiteObserver, name: str) -> np.ndarray:
+    """A signal without its tiles."""
+    return np.concatenate(observer.signals()[name], axis=1)
+
+
+def test_tiles_make_up_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "TILE_UNITS", 4)
+    observer, one = observer_of(), batch(1)
+    observer.reset(3)
+    observe(observer, one, [1, 4, 9])
+    assert [tile.shape for tile in observer.signals()["gate"]] == [(3, 4), (3, 2)]
+    assert np.array_equal(whole(observer, "gate"), one.reshape(-1, WIDTH)[[1, 4, 9]])
+
+
 def test_batches_are_joined_in_order() -> None:
     observer, one, two = observer_of(), batch(1), batch(2, sequences=1)
     observer.reset(5)
@@ -44,8 +59,8 @@ def test_batches_are_joined_in_order() -> None:
     observe(observer, two, [0, 3])
     expected = np.concatenate([one.reshape(-1, WIDTH)[[1, 4, 9]], two.reshape(-1, WIDTH)[[0, 3]]])
     assert list(observer.signals()) == ["gate", "output"]
-    assert np.array_equal(observer.signals()["gate"], expected)
-    assert np.array_equal(observer.signals()["output"], 2 * expected)
+    assert np.array_equal(whole(observer, "gate"), expected)
+    assert np.array_equal(whole(observer, "output"), 2 * expected)
     count, total_N, gram_NN = observer.moments()
     outputs_TN = 2 * torch.cat([one.reshape(-1, WIDTH), two.reshape(-1, WIDTH)]).double().numpy()
     assert count == 15
@@ -64,8 +79,8 @@ def test_a_shard_leaves_no_trace_in_the_next(expected: int) -> None:
         one.reset(expected)
         observe(one, batch(2), rows)
         one.check(Site(0), 0)
-    assert np.array_equal(observer.signals()["gate"], fresh.signals()["gate"])
-    assert observer.signals()["gate"].shape == (expected, WIDTH)
+    assert np.array_equal(whole(observer, "gate"), whole(fresh, "gate"))
+    assert whole(observer, "gate").shape == (expected, WIDTH)
     for found, other in zip(observer.moments(), fresh.moments(), strict=True):
         assert np.array_equal(found, other)
 
@@ -75,7 +90,7 @@ def test_no_sampled_tokens() -> None:
     observer.reset(0)
     observe(observer, batch(1), [])
     observer.check(Site(0), 0)
-    assert observer.signals()["output"].shape == (0, WIDTH)
+    assert whole(observer, "output").shape == (0, WIDTH)
     assert observer.moments()[0] == 10
 
 
@@ -94,7 +109,7 @@ def test_bfloat16_is_stored_as_its_words() -> None:
     observer, signal = observer_of(dtype="bfloat16"), batch(1)
     observer.reset(10)
     observe(observer, signal, list(range(10)))
-    words = observer.signals()["gate"]
+    words = whole(observer, "gate")
     assert words.dtype == np.uint16
     assert torch.equal(torch.from_numpy(words).view(torch.bfloat16), signal.reshape(-1, WIDTH).bfloat16())
 

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -392,10 +392,10 @@ def test_an_error_of_the_store_ends_the_shard(task: RecordTask, monkeypatch: pyt
     """Written by another thread, told by this one; nothing is committed after it."""
     write_with = LocalStorage.write_with
 
-    def full(self: LocalStorage, name: str, fill: Callable[[BinaryIO], None]) -> None:
+    def full(self: LocalStorage, name: str, fill: Callable[[Any], object]) -> dict[str, object]:
         if name.startswith(f"moments/{SITES[0].key}"):
             raise DataError(f"{self.where(name)} cannot be written (no space left)")
-        write_with(self, name, fill)
+        return write_with(self, name, fill)
 
     monkeypatch.setattr(LocalStorage, "write_with", full)
     with pytest.raises(DataError, match=r"moments/layer-000.* cannot be written"):

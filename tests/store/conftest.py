@@ -40,7 +40,7 @@ def write_shard(recording: Recording, site: Site, shard: int, slices: tuple[Slic
     output, parts = signals["output"], []
     for units in slices:
         own = slice(units.start, units.stop)
-        table = SignalTable({name: words[:, own] for name, words in signals.items()}, tokens, "float32")
+        table = SignalTable({name: [words[:, own].copy()] for name, words in signals.items()}, tokens, "float32")
         sums = (ROWS, output[:, own].sum(axis=0), output[:, own].T @ output)
         parts.append(
             {

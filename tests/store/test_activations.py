@@ -1,7 +1,6 @@
 """Signals of one shard: what is read is what was written, or an error that names the file."""
 
 import hashlib
-import io
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from cria_dist.errors import DataError
-from cria_dist.files import HashedSink
 from cria_dist.store import activations
 from cria_dist.store.activations import SignalTable, StoredSignals
 
@@ -34,9 +32,13 @@ def words(dtype: str) -> dict[str, np.ndarray]:
 
 
 def encoded(signals: dict[str, np.ndarray], dtype: str = "float32", tokens: dict[str, np.ndarray] = TOKENS) -> bytes:
-    target = io.BytesIO()
-    activations.encode(SignalTable(signals, tokens, dtype), "layer-000.mlp", HashedSink(target))
-    return target.getvalue()
+    tiles = {
+        name: [np.ascontiguousarray(words[:, start:stop]) for start, stop in activations.tile_bounds(words.shape[1])]
+        for name, words in signals.items()
+    }
+    target = pa.BufferOutputStream()
+    activations.encode(SignalTable(tiles, tokens, dtype), "layer-000.mlp", target)
+    return target.getvalue().to_pybytes()
 
 
 def decoded(content: bytes, only: tuple[str, ...] = ()) -> StoredSignals:

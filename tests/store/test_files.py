@@ -1,7 +1,6 @@
 """Whole files or none, digests, and names that are safe as paths."""
 
 import hashlib
-import io
 import os
 from pathlib import Path
 
@@ -59,15 +58,11 @@ def test_a_view_of_bytes_is_written_like_the_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
-def test_what_goes_through_a_sink_is_counted_and_hashed() -> None:
-    target = io.BytesIO()
-    sink = files.HashedSink(target)
-    for number in range(200):
-        sink.write(memoryview(bytes([number]) * 50_000))
-    whole = b"".join(bytes([number]) * 50_000 for number in range(200))
-    assert target.getvalue() == whole
-    assert sink.tell() == len(whole)
-    assert sink.facts() == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+def test_a_hashed_file_is_described(tmp_path: Path) -> None:
+    whole = os.urandom(1 << 20)
+    found = files.write_hashed(tmp_path / "file", lambda temporary: temporary.write_bytes(whole))
+    assert (tmp_path / "file").read_bytes() == whole
+    assert found == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()} == files.facts(whole)
 
 
 def test_json_round_trip_is_sorted(tmp_path: Path) -> None:
