@@ -1,5 +1,6 @@
 """The write path of the recorder beside bare ``pyarrow.parquet.write_table`` of the same columns to the same folder."""
 
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -96,7 +97,12 @@ def _measure(case: Case, folder: Path, repeats: int) -> dict[str, list[float]]:
     megabytes = sum(words_TN.nbytes for tiles in table.signals.values() for words_TN in tiles) / 1e6
 
     def speed(action: Callable[[], object]) -> Callable[[], float]:
-        return lambda: megabytes / seconds(action)
+        def sample() -> float:
+            found = megabytes / seconds(action)
+            os.sync()  # or the next contender would wait for the pages this one left to the disk
+            return found
+
+        return sample
 
     return alternate(
         {
