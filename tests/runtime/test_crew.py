@@ -130,6 +130,6 @@ def test_a_crew_that_fits_no_node_is_an_error_with_both_sides(monkeypatch: pytes
     cpus = int(ray.cluster_resources()["CPU"])
     with pytest.raises(WorkerError, match=r"none started in 2 s; a worker needs 4 x 1 CPU on one node; the nodes have"):
         dict(pool.map(environment, [0], flow=Flow(ranks=4)))
-    assert needs_and_nodes(Shape(4, 0.5)).startswith("a worker needs 4 x 1 CPU, 0.5 GPU on one node; the nodes have")
+    assert needs_and_nodes(Shape(4, 0.5)).startswith("a worker needs 4 x 0.5 CPU, 0.5 GPU on one node; the nodes have")
     assert f"{cpus} CPU" in needs_and_nodes(Shape(4, 0.0))
     pool.release()

@@ -167,7 +167,7 @@ def test_twenty_kills_at_random_points_change_nothing(
     run_config: Callable[..., RunConfig], deep: Path, tmp_path: Path
 ) -> None:
     """Of a sweep, where an item also needs what another left."""
-    many: dict[str, Any] = {"model": {"path": str(deep)}, "data": {"calibration_sequences": 120}}
+    many: dict[str, Any] = {"model": {"path": str(deep)}, "data": {"calibration_sequences": 72}}
     config = run_config(tmp_path / "one", **many, record={"shard_sequences": 1})
     clean = record(config, LocalPool())
     sweep = {"shard_sequences": 1, "schedule": "sweep", "memory_gb": half_model_gb(config)}
@@ -192,7 +192,7 @@ def test_a_lost_node_and_a_killed_driver(
     tmp_path: Path,
     victim: str,
 ) -> None:
-    many: dict[str, Any] = {"model": {"path": str(deep)}, "data": {"calibration_sequences": 120}}
+    many: dict[str, Any] = {"model": {"path": str(deep)}, "data": {"calibration_sequences": 72}}
     config = run_config(tmp_path / "one", **many, record={"shard_sequences": 1})
     clean = record(config, LocalPool())
     sweep = {"shard_sequences": 1, "schedule": "sweep", "memory_gb": half_model_gb(config)}
