@@ -32,6 +32,15 @@ def run_measured(command: Sequence[str], log: Path) -> tuple[int, int]:
     return code, peak[0]
 
 
+def own_peak_bytes() -> int:
+    """Peak resident memory of this program (Linux).
+
+    Not ``getrusage``: its figure survives ``exec``, so a child of a larger process reports its parent's peak.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def _watch(pid: int, peak: list[int], finished: threading.Event) -> None:
     while not finished.wait(INTERVAL_SECONDS):
         peak[0] = max(peak[0], _tree_bytes(pid))

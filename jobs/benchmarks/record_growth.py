@@ -1,15 +1,10 @@
-"""How recording grows: memory with the number of shards, time with tokens, neurons and layers.
-
-Run as a program it records a task and prints its peak memory: ``python -m jobs.benchmarks.record_growth TASK``.
-"""
+"""How recording grows: memory with the number of shards, time with tokens, neurons and layers."""
 
 import math
-import pickle
-import resource
+import multiprocessing
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +14,7 @@ from cria_dist.models.blocks import partition
 from cria_dist.models.checkpoint import read_config
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
 from jobs.benchmarks.frame import alternate, seconds
+from jobs.benchmarks.memory import own_peak_bytes
 from jobs.benchmarks.record_setup import Load, Shape, discard, make_task, one_thread, save_model
 
 Samples = dict[str, dict[str, list[float]]]
@@ -45,8 +41,8 @@ def memory(folder: Path, quick: bool) -> tuple[dict[str, float], Samples]:
     few = make_task(folder / "few", directory, load)
     many = make_task(folder / "many", directory, replace(load, shards=8 * load.shards))
     contenders: dict[str, Callable[[], float]] = {
-        "2 shards": lambda: _peak_mib(few, folder),
-        "16 shards": lambda: _peak_mib(many, folder),
+        "2 shards": lambda: _peak_mib(few),
+        "16 shards": lambda: _peak_mib(many),
     }
     found = alternate(contenders, 1 if quick else 3, warm_up=0)
     growth = statistics.median(found["16 shards"]) / statistics.median(found["2 shards"])
@@ -78,14 +74,12 @@ def _recording(folder: Path, shape: Shape, load: Load) -> Callable[[], float]:
     return lambda: seconds(lambda: recorder(ShardWork(0, block)))
 
 
-def _peak_mib(task: RecordTask, folder: Path) -> float:
+def _peak_mib(task: RecordTask) -> float:
     """Record in a process of its own."""
-    description = folder / "task.pickle"  # our own, read back at once by our own process
-    description.write_bytes(pickle.dumps(task))
-    command = [sys.executable, "-m", "jobs.benchmarks.record_growth", str(description)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
+        peak = process.submit(_record_all, task).result()
     discard(task)
-    return float(done.stdout.split()[-1])
+    return peak
 
 
 def _record_all(task: RecordTask) -> float:
@@ -95,8 +89,4 @@ def _record_all(task: RecordTask) -> float:
     with one_thread():
         for shard in range(sequences // task.shard_sequences):
             recorder(ShardWork(shard, block))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-if __name__ == "__main__":
-    print(_record_all(pickle.loads(Path(sys.argv[1]).read_bytes())))  # noqa: S301, T201  (written by _peak_mib)
+    return own_peak_bytes() / 2**20

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from cria_dist.models.blocks import partition
-from cria_dist.models.builtin import resolve_builtin
-from cria_dist.models.checkpoint import Numerics, load_model, read_config
+from cria_dist.models.checkpoint import Numerics, load_model, locate, read_config
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
 from jobs.benchmarks.frame import alternate, seconds
 from jobs.benchmarks.record_setup import Load, Shape, discard, make_task, one_thread, save_model
@@ -36,8 +35,7 @@ QUICK_GPU_LOAD = Load(shards=1, sequences=4, batch=2, length=512, sampled=16)
 
 def on_cpu(folder: Path, quick: bool) -> tuple[dict[str, float], Samples]:
     """Ratios for SmolLM2-135M at both precisions, and their samples."""
-    directory = resolve_builtin(BUILTIN)
-    assert directory is not None  # noqa: S101  (the name begins with the prefix of built-in models)
+    directory = locate(BUILTIN, None)
     load, repeats = (QUICK_CPU_LOAD, 1) if quick else (CPU_LOAD, 5)
     metrics: dict[str, float] = {}
     samples: Samples = {}

@@ -1,7 +1,6 @@
 """The spectral engine beside what a user of SciPy and scikit-learn would write: seconds, accuracy, growth."""
 
 import math
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from cria_dist.maths import graphs, importance, lanczos, neighbours, pencil, ske
 from jobs.benchmarks import spectral_gpu, spectral_site
 from jobs.benchmarks import spectral_rivals as rivals
 from jobs.benchmarks.frame import Measurement, alternate, seconds
+from jobs.benchmarks.memory import own_peak_bytes
 from jobs.benchmarks.spectral_site import NEIGHBOURS, PAIRS, signals
 
 MEMORY = "peak memory of the site"
@@ -93,7 +93,7 @@ def measure(quick: bool) -> Measurement:
     _sites(sizes, metrics, samples)
     _accuracy(sizes, metrics)
     _growth(sizes, metrics, samples)
-    metrics["peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    metrics["peak_rss_gib"] = own_peak_bytes() / 2**30
     on_gpu = spectral_gpu.measure(quick, metrics, samples)
     Console(width=120).print(on_gpu, highlight=False)
     units = {**dict.fromkeys(samples, "s"), MEMORY: "GiB"}
