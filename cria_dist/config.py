@@ -8,16 +8,17 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cria_dist.errors import ConfigError
-from cria_dist.methods import METHODS, Cria, Method
+from cria_dist.methods import METHODS, Conditional, Method
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Repair = Literal["none", "bias", "least_squares"]
+Allocation = Literal["uniform", "global", "sensitivity"]
 RecordDtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -111,16 +112,48 @@ class PruneConfig(Section):
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share to remove; see ``budget`` for the share of what."""
-    budget: Literal["units", "parameters"] = "units"
-    """``units``: share of the neurons of every site. ``parameters``: share of all parameters of the dense model."""
+    budget: Literal["units", "parameters", "macs"] = "units"
+    """``units``: share of the neurons of every site, or of the layers where whole layers go. ``parameters``: share of
+    all parameters of the dense model. ``macs``: share of all multiplications of one sequence (linear maps, head and
+    full T x T attention)."""
     multiple: Annotated[int, Field(ge=1)] = 8
     """Widths are rounded down to a multiple of this (8 suits most kernels, 1 hits the ratio most closely)."""
     rounds: Annotated[int, Field(ge=1, le=64)] = 1
     """Record, analyse, decide, apply are repeated this often, each round with fresh scores on the smaller model."""
     repair: Repair = "least_squares"
-    """What the surviving output weights do for the removed units."""
+    """What the surviving output weights do for the removed units; nothing where whole layers go."""
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix)."""
+    allocation: Allocation = "uniform"
+    """How the budget is spread over the layers. ``uniform``: the same share of each. ``global``: what scores least
+    anywhere, in shares of its layer's sum, goes first. ``sensitivity``: the loss with each layer alone pruned to a few
+    widths is measured on held-out calibration text, and the widths with the least sum are chosen. The last two never
+    end worse than ``uniform`` on that text, and a checkpoint whose widths differ is loaded by
+    ``cria_dist.load_pruned``, not by the stock class."""
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Least share of a layer's units that stays (``global`` and ``sensitivity``)."""
+    protect: tuple[int, ...] = ()
+    """Layers that are left alone, -1 is the last (``global`` and ``sensitivity``)."""
+
+    @model_validator(mode="after")
+    def _allocation_can_be_made(self) -> Self:
+        if self.allocation == "uniform" and self.protect:
+            raise ValueError(
+                f"protect={list(self.protect)} needs widths that differ, and allocation=uniform gives every layer the "
+                "same; set prune.allocation=global or sensitivity"
+            )
+        if self.allocation == "sensitivity" and self.rounds > 1:
+            raise ValueError(
+                f"allocation=sensitivity measures the dense model's layers, but rounds={self.rounds}; set "
+                "prune.rounds=1 or prune.allocation=global"
+            )
+        return self
+
+    def content_part(self) -> dict[str, Any]:
+        """What a result depends on: how the budget may be spread only where it is not spread evenly."""
+        return self.model_dump(
+            mode="json", exclude={"allocation", "floor", "protect"} if self.allocation == "uniform" else None
+        )
 
 
 class RecoverConfig(Section):
@@ -141,6 +174,16 @@ class RecoverConfig(Section):
     take 16 bytes each (weight, gradient, two moments), frozen ones 4."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     """Steps between checkpoints."""
+    distill: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
+    """Weight of learning from the dense model: the loss is (1 - distill) * cross entropy + distill * temperature^2 *
+    KL(dense || pruned). Every worker then holds the dense model too, in ``model.dtype``: 4 bytes a parameter, 2 in
+    half precision; at 0 it is not loaded."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    """Both models' logits are divided by this before they are compared."""
+
+    def content_part(self) -> dict[str, Any]:
+        """What a result depends on: how the dense model teaches only where it does."""
+        return self.model_dump(mode="json", exclude=None if self.distill else {"distill", "temperature"})
 
 
 class EvaluateConfig(Section):
@@ -185,7 +228,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig = DataConfig()
     record: RecordConfig = RecordConfig()
-    method: Method = Cria()
+    method: Method = Conditional()
     prune: PruneConfig = PruneConfig()
     recover: RecoverConfig = RecoverConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -210,10 +253,16 @@ class RunConfig(Section):
             )
         return recover
 
+    @property
+    def records_hidden(self) -> bool:
+        """Whether a method of this run reads the hidden states around the layers."""
+        return any("hidden" in method.needs for method in (self.method, *self.compare))
+
     def result_part(self) -> dict[str, Any]:
         """Everything that can change a result, as plain data: all but ``run`` and where and how is recorded."""
         tree = self.model_dump(mode="json", exclude={"run"})
-        return {**tree, "record": self.record.content_part()}
+        sections = {"record": self.record, "prune": self.prune, "recover": self.recover}
+        return {**tree, **{name: section.content_part() for name, section in sections.items()}}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

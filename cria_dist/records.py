@@ -24,7 +24,7 @@ Stage = Literal["record", "analyse", "decide", "apply", "recover", "evaluate"]
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
-    """A place where prunable units live: one part (``mlp``) of one layer."""
+    """A place where prunable units live: a part of a layer (``mlp``), or the layer as its own one unit (``block``)."""
 
     layer: int
     part: str = "mlp"

@@ -181,6 +181,7 @@ def run_tree(pico: Path, text_file: Path) -> dict[str, Any]:
             "test_sequences": 4,
         },
         "record": {"tokens": 200, "shard_sequences": 4, "batch_sequences": 2},
+        "method": {"name": "cria"},
         "prune": {"ratio": 0.25, "multiple": 4},
         "recover": {
             "steps": 6,
@@ -207,10 +208,11 @@ def run_config(run_tree: dict[str, Any]) -> RunConfigMaker:
 
 def train_in_this_process(task: Any, name: str, storage: Path) -> None:
     """What ``cria_dist.runtime.launch.train_here`` does, without importing Ray."""
-    from cria_dist.stages import recover
+    from cria_dist.stages import training
+    from cria_dist.stages.recover import Place
 
     del name, storage
-    recover.train(task, recover.Place(), None, lambda step, write: None)
+    training.carry_out(task, Place(), None, lambda step, write: None)
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,8 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
     [
         (
             "prune.ration=0.3",
-            r"unknown key 'prune\.ration'; known keys here: budget, multiple, ratio, repair, ridge, rounds",
+            r"unknown key 'prune\.ration'; known keys here: "
+            "allocation, budget, floor, multiple, protect, ratio, repair, ridge, rounds",
         ),
         ("sead=1", r"unknown key 'sead'; known keys here: compare, data, evaluate, method, .*, seed"),
         (
@@ -109,6 +110,9 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
         ("name=a/b", r'^name="a/b": a name starts with a letter or digit'),
         ("recover.learning_rate=inf", r"^recover\.learning_rate="),
         ("prune.ridge=inf", r"^prune\.ridge="),
+        ("prune.protect=[0]", r"protect=\[0\] needs widths that differ.*set prune\.allocation=global or sensitivity"),
+        ("prune.floor=1", r"^prune\.floor=1: .*less than 1; lower it"),
+        ("prune.allocation=best", r"^prune\.allocation=\"best\": .*'uniform', 'global' or 'sensitivity'"),
         ("record.shard_sequences=-1", r"^record\.shard_sequences=-1: .*greater than or equal to 0; raise it"),
         ("record.shard_sequences=0.5", r"^record\.shard_sequences=0\.5: .*integer"),
         ("record.batch_sequences=0", r"^record\.batch_sequences=0: .*greater than or equal to 1; raise it"),
@@ -123,6 +127,20 @@ def test_a_complaint_names_key_value_and_rule(override: str, message: str, toml:
     with pytest.raises(ConfigError, match=message) as complaint:
         load(toml, [override])
     assert "\n" not in str(complaint.value)
+
+
+def test_sensitivity_takes_one_round(toml: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rounds=2; set prune\.rounds=1 or prune\.allocation=global"):
+        load(toml, ["prune.allocation=sensitivity", "prune.rounds=2"])
+
+
+def test_an_even_allocation_leaves_no_trace_in_what_names_a_run(toml: Path) -> None:
+    """Runs from before there was another one keep their folders."""
+    even = load(toml).result_part()["prune"]
+    assert even.keys().isdisjoint({"allocation", "floor", "protect"})
+    assert load(toml, ["prune.floor=0.5"]).result_part()["prune"] == even
+    spread = load(toml, ["prune.allocation=global", "prune.protect=[0, -1]"]).result_part()["prune"]
+    assert spread == {**even, "allocation": "global", "floor": 0.25, "protect": [0, -1]}
 
 
 def test_all_complaints_come_at_once(toml: Path) -> None:

@@ -37,19 +37,19 @@ def uniform_widths(
 
 
 def units_ratio_for_parameters(
-    widths: Mapping[str, int], unit_cost: Mapping[str, int], dense_parameters: int, ratio: float
+    widths: Mapping[str, int], unit_cost: Mapping[str, int], dense: int, ratio: float, measure: str = "parameters"
 ) -> float:
-    """The share of units that removes ``ratio`` of all parameters when every site loses the same share.
+    """The share of units that removes ``ratio`` of all parameters (or MACs) when every site loses the same share.
 
     Raises:
         PlanError: the prunable units hold fewer parameters than must go.
     """
     prunable = sum(widths[key] * unit_cost[key] for key in widths)
-    share = ratio * dense_parameters / prunable if prunable else 1.0
+    share = ratio * dense / prunable if prunable else 1.0
     if share >= 1:
         raise PlanError(
-            f"prune.ratio={ratio:g} of all {dense_parameters:,} parameters is more than the prunable units hold "
-            f"({prunable:,}, {prunable / dense_parameters:.1%}); lower prune.ratio"
+            f"prune.ratio={ratio:g} of all {dense:,} {measure} is more than the prunable units hold "
+            f"({prunable:,}, {prunable / dense:.1%}); lower prune.ratio"
         )
     return share
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from cria_dist.arrays import Array
 from cria_dist.records import Float64, Int32, Moments, Spectrum
 
-Statistic = Literal["signals", "moments", "weights"]
+Statistic = Literal["signals", "moments", "weights", "gradients", "gates", "hidden"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,9 @@ class SiteStatistics:
         moments: moments of the post-activation signals over all calibration tokens.
         weight_norm_N: product of the norms of a unit's incoming rows and outgoing column (coupled magnitude).
         output_norm_N: norm of a unit's column in the next linear map.
+        output_DN: the next linear map, array of the analyst's library, float64.
+        taylor_N: sum over a unit's coupled weights of ``|w * dL/dw|``, mean over shards of calibration sequences.
+        gate_N: what a unit's gate learned, before it is made a factor.
         seed: seed for methods that draw numbers; differs per site.
     """
 
@@ -33,7 +36,23 @@ class SiteStatistics:
     moments: Moments | None = None
     weight_norm_N: Float64 | None = None
     output_norm_N: Float64 | None = None
+    output_DN: Array | None = None
+    taylor_N: Float64 | None = None
+    gate_N: Float64 | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GradientSample:
+    """The calibration sequences a method wants gradients of.
+
+    Attributes:
+        sequences: how many, from the first one on.
+        shard_sequences: sequences whose mean loss one gradient is of; the last shard may be shorter.
+    """
+
+    sequences: int
+    shard_sequences: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,11 @@ class MethodBase(BaseModel):
     def needs(self) -> frozenset[Statistic]:
         """Which statistics :meth:`score` reads."""
         raise TypeError(f"{type(self).__name__} must define needs")
+
+    @property
+    def gradient_sample(self) -> GradientSample:
+        """What gradients are taken of, for a method that needs them."""
+        raise TypeError(f"{type(self).__name__} must define gradient_sample if it needs gradients")
 
     @property
     def smallest_site(self) -> int:

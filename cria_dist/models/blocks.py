@@ -18,7 +18,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
+from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
+from cria_dist.models.widths import resize_layers
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -70,7 +72,7 @@ class BlockModel:
         self._decoder = cast("PreTrainedModel", getattr(self._whole, self._whole.base_model_prefix))
         layers = cast(torch.nn.ModuleList, self._whole.get_submodule(family.layers))
         self._set_apart(layers)
-        self._passage = _Passage()
+        self._passage = Passage()
         if not block.is_first:
             layers[block.first].register_forward_pre_hook(self._passage.enter, with_kwargs=True)
         layers[block.stop - 1].register_forward_hook(self._passage.leave)
@@ -106,10 +108,10 @@ class BlockModel:
         """Put stand-ins where other blocks' layers and the embedding were."""
         for index, layer in enumerate(layers):
             if not self.block.first <= index < self.block.stop:
-                layers[index] = _StandIn(layer)
+                layers[index] = StandIn(layer)
         if not self.block.is_first:
             embedding = self._family.embedding
-            self._whole.set_submodule(embedding, _StandIn(self._whole.get_submodule(embedding)))
+            self._whole.set_submodule(embedding, StandIn(self._whole.get_submodule(embedding)))
 
     def _load(self, directory: Path, dtype: torch.dtype) -> None:
         """Fill in the block's parameters, layer by layer: what is read stays mapped until its file is closed.
@@ -138,7 +140,7 @@ class BlockModel:
             self._decoder.get_submodule(parent).register_buffer(leaf, buffer.to(self.device), persistent=False)
 
 
-class _Passage:
+class Passage:
     """Where the hidden state enters the block and leaves it.
 
     The layers hold its hooks, and it holds no layer: without a reference cycle a dropped block is freed at once.
@@ -158,7 +160,7 @@ class _Passage:
         self.hidden = output[0] if isinstance(output, tuple) else output
 
 
-class _StandIn(torch.nn.Module):
+class StandIn(torch.nn.Module):
     """Hands the hidden state through in place of what another block holds; other attributes are the original's."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
@@ -166,6 +168,7 @@ class _StandIn(torch.nn.Module):
         self.__dict__["_layer"] = layer  # not a submodule: its weights stay on the meta device
 
     def __getattr__(self, name: str) -> Any:
+        """What the model asks its layers for."""
         return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden_states: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
@@ -189,4 +192,5 @@ def _skeleton(directory: Path, numerics: checkpoint.Numerics) -> PreTrainedModel
     stock, parsed = checkpoint.stock_class(config), AutoConfig.for_model(**config)
     with init_empty_weights(include_buffers=False):
         model = stock.from_config(parsed, dtype=getattr(torch, numerics.dtype), trust_remote_code=False)
+        resize_layers(model, family_of(config), config)
     return model.eval()

@@ -25,7 +25,8 @@ from cria_dist.errors import ConfigError, DataError
 from cria_dist.files import digest, write_json, write_with
 from cria_dist.models.builtin import resolve_builtin
 from cria_dist.models.family import family_of
-from cria_dist.models.mlp import ModelDict, Takes
+from cria_dist.models.mlp import LAYER_WIDTHS, ModelDict, Takes
+from cria_dist.models.widths import resize_layers, resizing_class
 
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
@@ -175,7 +176,9 @@ def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
     """The architecture on the meta device: shapes without memory."""
     parsed = AutoConfig.for_model(**config)
     with torch.device("meta"):
-        return stock_class(config).from_config(parsed, trust_remote_code=False)
+        model = stock_class(config).from_config(parsed, trust_remote_code=False)
+        resize_layers(model, family_of(config), config)
+        return model
 
 
 def count_parameters(config: ModelDict) -> int:
@@ -198,14 +201,25 @@ def load_model(directory: Path, numerics: Numerics) -> PreTrainedModel:
     """
     transformers_logging.disable_progress_bar()  # the run has its own
     torch.set_float32_matmul_precision(numerics.matmul)
-    model = stock_class(read_config(directory)).from_pretrained(
+    return from_pretrained(
         directory,
         dtype=getattr(torch, numerics.dtype),
         device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
     )
+
+
+def from_pretrained(directory: Path, **settings: Any) -> PreTrainedModel:
+    """The model of a checkpoint, an instance of its stock class also where the layers differ in width."""
+    config = read_config(directory)
+    stock = stock_class(config)
+    if LAYER_WIDTHS in config:
+        stock = resizing_class(type(empty_model(config)), family_of(config), config)
+    model = stock.from_pretrained(
+        directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **settings
+    )
+    if LAYER_WIDTHS in config:
+        # what was needed to build it is no class that anybody could import
+        model.__class__ = stock.__base__  # pyright: ignore[reportAttributeAccessIssue]  (it is the stock class)
     return model.eval()
 
 
@@ -230,7 +244,7 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def finish(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     """Complete a checkpoint whose weight files are written: index, tokenizer and side files, ``config.json`` last."""
     if (source / INDEX).is_file():
-        _write_index(target, list(weight_files(source)))
+        _write_index(target, [file for file in weight_files(source) if (target / file).is_file()])
     for pattern in SIDE_FILES:
         for path in sorted(source.glob(pattern)):
             if path.name not in {"config.json", INDEX, PLAN}:

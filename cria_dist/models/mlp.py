@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from cria_dist.errors import ConfigError
 from cria_dist.records import Site
 
 ModelDict = Mapping[str, Any]
 """The content of a checkpoint's config.json."""
 Takes = Literal["tokens", "images"]
+LAYER_WIDTHS = "intermediate_size_per_layer"
+"""Key of config.json where the widths of the layers differ; ``intermediate_size`` then is the largest of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class MlpFamily(ABC):
 
     def widths(self, config: ModelDict) -> dict[Site, int]:
         """Units per site: the MLP neurons of every layer."""
-        return {Site(layer): int(config["intermediate_size"]) for layer in range(int(config["num_hidden_layers"]))}
+        same = [config["intermediate_size"]] * int(config["num_hidden_layers"])
+        return {Site(layer): int(width) for layer, width in enumerate(config.get(LAYER_WIDTHS) or same)}
 
     def signals(self) -> int:
         """Recorded signals of a unit: those before the activation, and the one after it."""
@@ -90,12 +92,16 @@ class MlpFamily(ABC):
         inputs = self.signals() - 1
         return (inputs + 1) * int(config["hidden_size"]) + (inputs if self.has_bias(config) else 0)
 
+    def unit_macs(self, config: ModelDict) -> int:
+        """Multiplications per position that leave the model with one unit: a row per input map and one column."""
+        return self.signals() * int(config["hidden_size"])
+
     def output_bias_cost(self, config: ModelDict, kept: int) -> int:
         """Parameters a site gains when the repair gives its output map a bias: the input maps get one of zeros too."""
         return 0 if self.has_bias(config) else int(config["hidden_size"]) + (self.signals() - 1) * kept
 
     def narrowed(self, config: ModelDict, kept: Mapping[str, int], output_bias: bool) -> dict[str, Any]:
-        """The config of the pruned model.
+        """The config of the pruned model: the stock one, and the width per layer where they differ.
 
         Args:
             config: config of the dense model.
@@ -103,16 +109,12 @@ class MlpFamily(ABC):
             output_bias: the repair adds a bias to every output map.
 
         Raises:
-            ConfigError: sites differ in width, or a bias is needed and the architecture has none.
+            ConfigError: a bias is needed and the architecture has none.
         """
-        widths = set(kept.values())
-        if len(widths) != 1:
-            raise ConfigError(
-                f"widths {min(widths)}..{max(widths)} differ between layers, but the stock {self.model_type!r} class "
-                "has one intermediate_size; use a uniform allocation"
-            )
-        biases = self._with_biases() if output_bias else {}
-        return {**config, "intermediate_size": widths.pop(), **biases}
+        widths = [kept[key] for key in sorted(kept)]
+        narrow = {key: value for key, value in config.items() if key != LAYER_WIDTHS}
+        narrow |= {"intermediate_size": max(widths), **(self._with_biases() if output_bias else {})}
+        return narrow if len(set(widths)) == 1 else {**narrow, LAYER_WIDTHS: widths}
 
     @abstractmethod
     def _with_biases(self) -> dict[str, Any]:

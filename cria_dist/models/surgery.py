@@ -1,4 +1,4 @@
-"""Removing units for good: rows and columns leave the tensors, the width leaves the config."""
+"""Removing units for good: rows, columns and whole layers leave the tensors, widths and depth leave the config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from cria_dist.errors import PlanError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, depth
 from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.records import Site
 
@@ -35,7 +35,14 @@ class Surgery:
 
     def pruned_config(self) -> dict[str, object]:
         """Config of the pruned model."""
-        return self.family.narrowed(self.config, {key: len(kept) for key, kept in self.kept.items()}, self.output_bias)
+        widths = {key: len(kept) for key, kept in depth.within_layers(self.kept).items()}
+        narrowed = self.family.narrowed(self.config, widths, self.output_bias) if widths else self.config
+        return depth.shallower(narrowed, self.layers)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that stay, in the numbering of the model operated on."""
+        return depth.surviving(self.kept, self.config)
 
     def selections(self) -> dict[str, tuple[torch.Tensor, int]]:
         """For each tensor that changes: the kept indices and the dimension they select along.
@@ -44,11 +51,14 @@ class Surgery:
             PlanError: the plan has other sites than the model, or indices that are not distinct units in order.
         """
         widths = {site.key: width for site, width in self.family.widths(self.config).items()}
-        if self.kept.keys() != widths.keys():
-            odd = min(self.kept.keys() ^ widths.keys())
+        planned = depth.within_layers(self.kept)
+        if not planned and depth.removes_layers(self.kept):
+            return {}
+        if planned.keys() != widths.keys():
+            odd = min(planned.keys() ^ widths.keys())
             raise PlanError(f"the plan does not fit the model: {odd} is in one of the two only; decide again")
         chosen: dict[str, tuple[torch.Tensor, int]] = {}
-        for key, kept in self.kept.items():
+        for key, kept in planned.items():
             if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= widths[key]:
                 raise PlanError(
                     f"the plan does not fit the model at {key}: {len(kept)} indices are not distinct units in order, "
@@ -64,14 +74,16 @@ class Surgery:
         if self.repair is None:
             return {}
         return {
-            name: tensor for key in self.kept for name, tensor in load_file(self.repair / f"{key}.safetensors").items()
+            name: tensor
+            for key in depth.within_layers(self.kept)
+            for name, tensor in load_file(self.repair / f"{key}.safetensors").items()
         }
 
     def zero_biases(self) -> dict[str, int]:
         """Names and sizes of input biases that exist only because the repair gave the output map one."""
         if not self.output_bias or self.family.has_bias(self.config):
             return {}
-        sites = {key: self.family.modules(Site.from_key(key)) for key in self.kept}
+        sites = {key: self.family.modules(Site.from_key(key)) for key in depth.within_layers(self.kept)}
         return {
             f"{name}.bias": len(self.kept[key]) for key, modules in sites.items() for name in modules.inputs.values()
         }
@@ -88,9 +100,10 @@ def pruned_copy(model: PreTrainedModel, surgery: Surgery) -> PreTrainedModel:
     there = {name for name, _ in dense.values()}
     state |= {name: tensor.to(model.device, model.dtype) for name, tensor in replacements.items() if name not in there}
     pruned = checkpoint.empty_model(surgery.pruned_config())
-    pruned.load_state_dict(state, strict=True, assign=True)
+    stay = f"{surgery.family.layers}.", surgery.layers
+    pruned.load_state_dict(depth.renumbered(state, *stay), strict=True, assign=True)
     pruned.tie_weights()
-    _copy_buffers(model, pruned)
+    _copy_buffers(depth.renumbered(dict(model.named_buffers()), *stay), pruned)
     return pruned.eval()
 
 
@@ -110,7 +123,9 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
         if not (target / file).exists():
             tensors = _read_pruned(source / file, names, selections, replacements)
             tensors |= _additions(file, locations, surgery, replacements, next(iter(tensors.values())).dtype)
-            checkpoint.write_weights(target / file, tensors)
+            left = depth.renumbered(tensors, surgery.family.on_disk(f"{surgery.family.layers}."), surgery.layers)
+            if left:
+                checkpoint.write_weights(target / file, left)
     checkpoint.finish(source, target, config)
 
 
@@ -151,8 +166,8 @@ def _additions(
     return {name: tensor for name, tensor in new.items() if locations[name.replace(".bias", ".weight")] == file}
 
 
-def _copy_buffers(source: PreTrainedModel, target: PreTrainedModel) -> None:
+def _copy_buffers(buffers: Mapping[str, torch.Tensor], target: PreTrainedModel) -> None:
     """Buffers outside the state dict (rotary frequencies) are still on the meta device; take the dense model's."""
-    for name, buffer in source.named_buffers():
+    for name, buffer in buffers.items():
         parent, _, leaf = name.rpartition(".")
         target.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)

@@ -17,7 +17,7 @@ from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import Block
 from cria_dist.models.family import family_of
-from cria_dist.models.mlp import MlpFamily, ModelDict
+from cria_dist.models.mlp import LAYER_WIDTHS, MlpFamily, ModelDict
 from cria_dist.models.ranks import Ranks
 
 
@@ -37,6 +37,8 @@ def tensor_ranks_problem(model_config: ModelDict, ranks: int) -> str | None:
     family = family_of(model_config)
     if family.takes == "images":
         return f"transformers has no plan to share the layers of {family.model_type!r}; take record.schedule=sweep"
+    if LAYER_WIDTHS in model_config:
+        return "transformers cannot share layers of different widths; take record.schedule=sweep"
     settings: Any = AutoConfig.for_model(**model_config)
     heads = int(settings.num_attention_heads)
     counts = [(heads, "attention heads"), (int(getattr(settings, "num_key_value_heads", None) or heads), "KV heads")]

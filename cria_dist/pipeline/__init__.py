@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cria_dist.pipeline import results, rounds
+from cria_dist.pipeline import depth, results, rounds, weights
 from cria_dist.pipeline.context import Context, Train
 from cria_dist.pipeline.results import Measured
 from cria_dist.pipeline.rounds import Model
@@ -37,6 +37,7 @@ def prune(context: Context, command: str = "", until: Stage = "evaluate") -> Rep
         return None
     compared = results.comparison_variants(context, shrunk.dense_recording) if until == "evaluate" else []
     recovered = results.recover_model(context, shrunk.model)
+    weights.compress_checkpoint(context, recovered)
     if until == "recover":
         return None
     measured = measure(context, shrunk.model, recovered, compared)
@@ -61,12 +62,16 @@ def shrink(context: Context, until: Stage = "evaluate") -> Shrunk | None:
         if until == "analyse":
             return None
         plan = rounds.decide_round(context, folder, model, config.method, analysis, index)
-        last = index == config.prune.rounds - 1
+        last = index == config.prune.rounds - 1 or depth.is_settled(config.method, plan, model)
         if until == "decide" and last:
             return None
-        repaired = rounds.repair_sites(context, f"repair{label}", folder, recording, model, plan)
+        masks = weights.masks_of(config.method, folder)
+        repaired = masks or rounds.repair_sites(context, f"repair{label}", folder, recording, model, plan)
         target = context.job.folder / "pruned" if last else folder / "pruned"
         model = rounds.apply_plan(context, target, recording, model, plan, repaired)
+        if last:
+            weights.compress_checkpoint(context, model)
+            break
     return Shrunk(model, first) if first is not None else None
 
 
@@ -82,5 +87,7 @@ def measure(
         comparison=evaluations[len(main) :],
         generations=texts,
         loss_path=results.loss_path(context, pruned) if recovered else None,
-        loaders=results.verify_exports(context, pruned, recovered),
+        loaders=results.verify_exports(context, pruned, recovered)
+        | weights.compress_checkpoint(context, pruned)
+        | weights.compress_checkpoint(context, recovered),
     )

@@ -12,13 +12,13 @@ from cria_dist.pool import Flow, Pool
 from cria_dist.records import StageTime
 from cria_dist.report.progress import Bar, Progress
 from cria_dist.stages.prepare import Job
-from cria_dist.stages.recover import RecoverTask
+from cria_dist.stages.training import TrainTask
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-Train = Callable[[RecoverTask, str, Path], None]
-"""Carries out a recovery: task, a name that is unique to it, folder for the trainer's own files."""
+Train = Callable[[TrainTask, str, Path], None]
+"""Carries out a training: task, a name that is unique to it, folder for the trainer's own files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Context:
     Attributes:
         job: what to do.
         pool: where work items run.
-        train: how a recovery is carried out.
+        train: how a training is carried out.
         progress: what the user sees.
     """
 

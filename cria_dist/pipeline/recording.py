@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 from cria_dist import files
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, depth
 from cria_dist.pipeline.context import Context
 from cria_dist.stages import boundary, record, schedule
 from cria_dist.stages.footprint import num_shards, shard_sequences, signal_dtype
@@ -30,6 +30,7 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
         job.calibration_digest,
         config.record.content_part(),
         [job.numerics.dtype, job.numerics.matmul, config.seed],
+        *(["hidden"] if config.records_hidden else []),
     )
     recording = open_recording(folder, config.record.storage, digest)
     if recording.is_complete():
@@ -40,7 +41,9 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
         context.progress.note(f"{name}: taken over from {source.relative_to(job.folder.parent)} (same model and text)")
         return recording
     _observe(context, name, recording, model_dir)
-    recording.write_manifest(job.widths, shards)
+    observed = checkpoint.read_config(model_dir)
+    layers = depth.layer_sites(observed) if config.records_hidden else ()
+    recording.write_manifest([*job.family.widths(observed), *layers], shards)
     boundary.delete_all(recording)
     return recording
 
@@ -57,11 +60,13 @@ def _observe(context: Context, name: str, recording: Recording, model_dir: Path)
         batch_sequences=config.record.batch_sequences,
         sampled_tokens=config.record.tokens,
         seed=config.seed,
+        hidden=config.records_hidden,
     )
     chosen = schedule.choose(config, checkpoint.read_config(model_dir), context.pool)
     context.progress.note(f"{name}: {chosen.kind}, {chosen.reason}")
     shards = num_shards(config)
-    items = schedule.pending(chosen, shards, recording.committed(), boundary.stored(recording))
+    parts = ("mlp", depth.PART) if config.records_hidden else ("mlp",)
+    items = schedule.pending(chosen, shards, recording.committed(), boundary.stored(recording), parts)
     total = shards * len(chosen.blocks)
     if 0 < len(items) < total:
         context.progress.note(f"{name}: {total - len(items)} of {total} shards were recorded before")

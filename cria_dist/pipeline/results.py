@@ -9,7 +9,7 @@ from pathlib import Path
 from cria_dist import files
 from cria_dist.methods import Method
 from cria_dist.models import checkpoint
-from cria_dist.pipeline import rounds
+from cria_dist.pipeline import rounds, weights
 from cria_dist.pipeline.context import Context
 from cria_dist.pipeline.rounds import Model
 from cria_dist.records import Evaluation, Generation, PruningPlan, Report, SiteEvidence
@@ -40,13 +40,14 @@ def loss_path(context: Context, pruned: Model) -> Path:
 
 
 def _recovery_digest(context: Context, pruned: Model) -> str:
-    job = context.job
+    job, config = context.job, context.job.config.recover
     return files.digest(
         "recover",
         pruned.digest,
         job.digests["calibration_tokens"],
-        job.config.recover.model_dump(),
+        config.content_part(),
         [job.numerics.matmul, job.config.seed],
+        *([job.digests["model"], job.numerics.dtype] if config.distill else []),
     )
 
 
@@ -62,9 +63,11 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
     if mark.is_file() and files.read_json(mark) == {"digest": digest} and checkpoint.is_complete(target):
         context.progress.note(f"recover: complete, {config.steps} steps")
         return Model(target, digest, pruned.plan)
+    teacher = recover.Teacher(job.model_dir, job.numerics.dtype)
     task = recover.RecoverTask(
-        pruned.directory, job.calibration_path, target, log_path, config, job.numerics.matmul, job.config.seed
+        pruned.directory, job.calibration_path, target, log_path, config, job.numerics.matmul, job.config.seed, teacher
     )
+    task = replace(task, held=weights.held_zeros(job.config.method, pruned.directory))
     context.pool.release()
     tokens_per_step = config.batch_sequences * config.sequence_length
     with (
@@ -88,17 +91,18 @@ def comparison_variants(context: Context, recording: Recording) -> list[Digested
         analysis = rounds.analyse_sites(context, f"{name}: analyse", folder, recording, dense, method)
         last = context.job.config.prune.rounds - 1
         plan = rounds.decide_round(context, folder, dense, method, analysis, last)
-        repaired = rounds.repair_sites(context, f"{name}: repair", folder, recording, dense, plan)
-        variants += plan_variants(context, method, plan, folder / "plan.json", repaired)
+        masks = weights.masks_of(method, folder)
+        repaired = None if masks else rounds.repair_sites(context, f"{name}: repair", folder, recording, dense, plan)
+        variants += plan_variants(context, method, plan, folder / "plan.json", repaired, masks)
     return variants
 
 
 def plan_variants(
-    context: Context, method: Method, plan: PruningPlan, plan_path: Path, repaired: Path | None
+    context: Context, method: Method, plan: PruningPlan, plan_path: Path, repaired: Path | None, masks: Path | None
 ) -> list[DigestedVariant]:
     """The dense model pruned by a plan in memory, without and with repair, each with a digest of its weights."""
     job = context.job
-    bare = Variant(method.title, job.model_dir, method.title, "none", plan_path)
+    bare = Variant(method.title, job.model_dir, method.title, "none", plan_path, masks)
     variants = [(bare, files.digest(job.digests["model"], plan.to_json()))]
     if repaired is not None:
         kind = job.config.prune.repair
@@ -115,14 +119,14 @@ def main_variants(context: Context, dense: Model, pruned: Model, recovered: Mode
     last_plan = rounds.round_folder(context, job.config.prune.rounds - 1) / "plan.json"
     variants = [(Variant("dense", job.model_dir), dense.digest)]
     bare = Variant("pruned", job.model_dir, method.title, "none", last_plan)
-    if job.config.prune.repair == "none":
+    if job.repair == "none":
         variants.append((Variant("pruned", pruned.directory, method.title), pruned.digest))
     else:
         variants.append((bare, files.digest(dense.digest, pruned.plan.to_json())))
-        repaired = Variant("repaired", pruned.directory, method.title, job.config.prune.repair)
+        repaired = Variant("repaired", pruned.directory, method.title, job.repair)
         variants.append((repaired, pruned.digest))
     if recovered is not None:
-        kind = job.config.prune.repair
+        kind = job.repair
         variants.append((Variant("recovered", recovered.directory, method.title, kind), recovered.digest))
     return variants
 
@@ -189,8 +193,8 @@ def _reference(context: Context, model: Model) -> Variant:
     job = context.job
     if model.directory.name != "pruned" or job.config.prune.rounds > 1:
         return Variant("reference", model.directory)
-    folder, kind = rounds.round_folder(context, 0), job.config.prune.repair
-    repaired = None if kind == "none" else folder / "repair"
+    folder, kind = rounds.round_folder(context, 0), job.repair
+    repaired = weights.masks_of(job.config.method, folder) if kind == "none" else folder / "repair"
     return Variant("reference", job.model_dir, "", kind, folder / "plan.json", repaired)
 
 
@@ -209,7 +213,19 @@ def protocol(context: Context) -> tuple[str, ...]:
         "this machine or its GPU.",
         "Parameters: counted on the real tensors, tied weights once; the reduction is removed over dense parameters.",
         "Compared methods: one shot, the same widths, with and without the same repair.",
+        *_layers_beside_neurons(context),
+        *weights.protocol(context),
     )
+
+
+def _layers_beside_neurons(context: Context) -> tuple[str, ...]:
+    """What must be known of a comparison between methods that remove neurons and methods that remove layers."""
+    config = context.job.config
+    if not {method.unit for method in (config.method, *config.compare)} >= {"mlp", "layer"}:
+        return ()
+    equal = "" if config.prune.budget != "units" else ", which is not the same number of parameters"
+    share = "neurons of each layer, or of the layers" if config.prune.budget == "units" else config.prune.budget
+    return (f"Whole layers and neurons: the ratio is the share of the {share}{equal}; removed layers get no repair.",)
 
 
 def collect_report(

@@ -9,11 +9,17 @@ from cria_dist import files
 from cria_dist.errors import DataError
 from cria_dist.maths.allocation import width_after_round
 from cria_dist.methods import Method
+from cria_dist.methods.layers import LayerMethod
+from cria_dist.methods.weights import WeightMethod
 from cria_dist.models import checkpoint, surgery
+from cria_dist.models.depth import removes_layers
+from cria_dist.pipeline import allocation, depth, weights
 from cria_dist.pipeline.context import Context
+from cria_dist.pipeline.gradients import take_gradients
+from cria_dist.pipeline.learn import learn_gates
 from cria_dist.pipeline.recording import record_model
 from cria_dist.pool import Flow
-from cria_dist.records import PruningPlan
+from cria_dist.records import PruningPlan, Site
 from cria_dist.stages import analyse, decide, memory, repair
 from cria_dist.stages.decide import Accounts
 from cria_dist.store import site_scores
@@ -53,6 +59,10 @@ def record_round(context: Context, index: int, model: Model) -> Recording:
 
 def analyse_sites(context: Context, name: str, folder: Path, recording: Recording, model: Model, method: Method) -> str:
     """Score every site with a method; returns the digest of the analysis."""
+    if isinstance(method, LayerMethod):
+        return depth.analyse_layers(context, name, folder, recording, model, method)
+    if isinstance(method, WeightMethod):
+        return weights.sparsify_sites(context, name, folder, model, method)
     job = context.job
     digest = files.digest("analyse", recording.digest, model.digest, method.model_dump(mode="json"))
     sites = sorted(job.widths)
@@ -62,8 +72,13 @@ def analyse_sites(context: Context, name: str, folder: Path, recording: Recordin
         missing = []
     if not missing:
         context.progress.note(f"{name}: complete, {len(sites)} sites")
-    sharing = _analysts_per_device(context) if missing else 1
-    task = analyse.AnalyseTask(recording, model.directory, method, folder, digest, job.config.seed, sharing)
+        return digest
+    saliences = take_gradients(context, f"{name}: gradients", folder, model.directory, model.digest, method)
+    gates = learn_gates(context, f"{name}: learn", folder, model.directory, model.digest, method)
+    sharing = _analysts_per_device(context)
+    task = analyse.AnalyseTask(
+        recording, model.directory, method, folder, digest, job.config.seed, sharing, saliences, gates
+    )
     context.map((name, "sites"), functools.partial(analyse.Analyst, task), missing, flow=Flow(sharing=sharing))
     return digest
 
@@ -81,17 +96,26 @@ def decide_round(
     context: Context, folder: Path, model: Model, method: Method, analysis: str, index: int
 ) -> PruningPlan:
     """Choose what stays, within this round's part of the budget; writes ``plan.json``."""
+    if isinstance(method, LayerMethod):
+        return depth.decide_layers(context, folder, model, method, analysis, index)
+    if isinstance(method, WeightMethod):
+        return weights.decide_weights_round(context, folder, method, analysis)
     job, prune = context.job, context.job.config.prune
     path = folder / "plan.json"
     settings = prune.model_dump(include={"ratio", "budget", "multiple", "rounds", "repair"})
-    digest = files.digest("decide", analysis, settings, index)
+    followed = _followed(context, folder, index)
+    spread_by = [*allocation.settings(context), *([followed.digest] if followed else [])]
+    digest = files.digest("decide", analysis, settings, index, *spread_by)
     plan = _plan_there(path)
     if plan is not None and plan.digest == digest:
         return plan
-    survivors: dict[str, tuple[int, ...]] = {}
-    for site, dense_width in sorted(job.widths.items()):
-        width = width_after_round(dense_width, job.final_widths[site.key], prune.rounds, index, prune.multiple)
-        survivors[site.key] = decide.select(site_scores.read_scores(folder, site), width)
+    if followed is not None:
+        widths = {key: len(kept) for key, kept in followed.kept.items()}
+    elif prune.allocation == "uniform":
+        widths = _even_widths(context, index)
+    else:
+        widths = allocation.spread_widths(context, folder, model, analysis, index)
+    survivors = {key: decide.select(site_scores.read_scores(folder, Site.from_key(key)), widths[key]) for key in widths}
     plan = decide.make_plan(
         decide.compose(survivors, model.plan),
         {site.key: width for site, width in job.widths.items()},
@@ -101,6 +125,22 @@ def decide_round(
     )
     files.write_bytes(path, plan.to_json().encode())
     return plan
+
+
+def _even_widths(context: Context, index: int) -> dict[str, int]:
+    """Units per site after a round, the same share of each."""
+    job, prune, final = context.job, context.job.config.prune, context.job.final_widths
+    return {
+        site.key: width_after_round(width, final[site.key], prune.rounds, index, prune.multiple)
+        for site, width in sorted(job.widths.items())
+    }
+
+
+def _followed(context: Context, folder: Path, index: int) -> PruningPlan | None:
+    """The plan of the run's own method, whose widths compared methods take where they could have others."""
+    own = round_folder(context, index)
+    spread = context.job.config.prune.allocation != "uniform"
+    return _plan_there(own / "plan.json") if spread and folder != own else None
 
 
 def _plan_there(path: Path) -> PruningPlan | None:
@@ -117,6 +157,9 @@ def repair_sites(
     """Re-solve the output weights of every site; returns the folder of replacement tensors, None without repair."""
     prune = context.job.config.prune
     if prune.repair == "none":
+        return None
+    if removes_layers(plan.kept):
+        context.progress.note(f"{name}: whole layers leave, there are no output weights to repair")
         return None
     task = repair.RepairTask(
         recording=recording,
@@ -145,9 +188,8 @@ def apply_plan(
     if not checkpoint.is_complete(target):
         files.write_bytes(mark, wanted.encode())
         config = checkpoint.read_config(model.directory)
-        operation = surgery.Surgery(
-            context.job.family, config, decide.local_indices(plan, model.plan), repaired, prune.repair == "bias"
-        )
+        kept, biased = decide.local_indices(plan, model.plan), repaired is not None and context.job.repair == "bias"
+        operation = surgery.Surgery(context.job.family, config, kept, repaired, biased)
         with context.stage("apply", len(checkpoint.weight_files(model.directory)), "files") as bar:
             surgery.write_pruned(model.directory, target, operation)
             bar.advance(len(checkpoint.weight_files(model.directory)))

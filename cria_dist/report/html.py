@@ -13,6 +13,7 @@ from cria_dist.report.grids import Grid
 
 CAPTIONS = {
     "perplexity": "Perplexity of this run's variants and of the compared methods at the same ratio, on the same text.",
+    "layers": "The score of each layer in the first round; the layer with the lowest goes first.",
     "kept_widths": "How many units each layer keeps.",
     "scores": "Each row is the histogram of one layer's scores, scaled to its own peak. A unit with a higher score is "
     "kept first; dead units have no score and are counted at the right.",
@@ -59,13 +60,12 @@ def headline(report: Report) -> str:
     if end is None or dense is None:
         return "The run measured no pruned model beside the dense one."
     ratio = text.percent(report.effective_parameter_reduction)
-    size = f"{text.count(dense.parameters)} to {text.count(end.parameters)}"
+    done = f"removed {ratio} of the parameters ({text.count(dense.parameters)} to {text.count(end.parameters)})"
+    if end.parameters == dense.parameters:
+        done = f"set {ratio} of the {text.count(dense.parameters)} parameters to zero"
     quality = f"{text.perplexity(dense.perplexity)} to {text.perplexity(end.perplexity)}"
     change = text.times(end.perplexity, dense.perplexity)
-    return (
-        f"{end.method} removed {ratio} of the parameters ({size}); perplexity went from {quality} ({change}, "
-        f"{end.label}){_speed(dense, end)}."
-    )
+    return f"{end.method} {done}; perplexity went from {quality} ({change}, {end.label}){_speed(dense, end)}."
 
 
 def escape(data: str) -> str:

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from cria_dist.records import Report, SiteEvidence
 from cria_dist.report import text
 from cria_dist.report.canvas import COLOURS, KEPT, STYLE, canvas, plain_log_ticks
+from cria_dist.report.depth_plots import layers, units_leave
 from cria_dist.report.grids import contenders, variant
 from cria_dist.report.layer_plots import kept_widths, residuals, scores, spectra
 
@@ -21,12 +22,14 @@ def draw_all(report: Report, evidence: Sequence[SiteEvidence], folder: Path) -> 
     """Draw every plot that has data; one left from an earlier report without data now is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     ordered = sorted(evidence, key=lambda one: one.site)
+    within = ordered if units_leave(ordered) else []
     drawn: list[Path] = []
     with mpl.rc_context(STYLE):
         figures = {
             "perplexity": perplexity(report),
-            "kept_widths": kept_widths(ordered),
-            "scores": scores(ordered),
+            "layers": layers(ordered),
+            "kept_widths": kept_widths(within),
+            "scores": scores(within),
             "spectra": spectra(ordered),
             "residuals": residuals(ordered),
             "loss": loss(report.loss),

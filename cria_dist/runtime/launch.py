@@ -16,8 +16,9 @@ from cria_dist.report.progress import Progress
 from cria_dist.runtime.pool import RayPool
 from cria_dist.runtime.session import ray_session
 from cria_dist.runtime.train import RayTrainer
-from cria_dist.stages import recover
+from cria_dist.stages import training
 from cria_dist.stages.prepare import Job, prepare
+from cria_dist.stages.recover import Place
 
 
 def run(config: RunConfig, until: Stage = "evaluate") -> tuple[Job, Report | None]:
@@ -61,10 +62,10 @@ def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
             pool.release()
 
 
-def train_here(task: recover.RecoverTask, name: str, storage: Path) -> None:
-    """Recover in this process with one worker; an interrupted recovery starts again."""
+def train_here(task: training.TrainTask, name: str, storage: Path) -> None:
+    """Train in this process with one worker; an interrupted training starts again."""
     del name, storage
-    recover.train(task, recover.Place(), None, lambda step, write: None)
+    training.carry_out(task, Place(), None, lambda step, write: None)
 
 
 def command_line() -> str:

@@ -1,4 +1,4 @@
-"""Recovery on Ray Train: data-parallel workers around :func:`cria_dist.stages.recover.train`."""
+"""Training on Ray Train: data-parallel workers around :func:`cria_dist.stages.training.carry_out`."""
 
 import tempfile
 from collections.abc import Callable
@@ -11,8 +11,9 @@ import ray.train.torch
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cria_dist.errors import ConfigError, CriaError, WorkerError
-from cria_dist.stages import recover
-from cria_dist.stages.recover import Place, RecoverTask
+from cria_dist.stages import training
+from cria_dist.stages.recover import Checkpoint, Place
+from cria_dist.stages.training import TrainTask, stage_of
 
 MAX_WORKER_FAILURES = 3
 START_ATTEMPTS = 3
@@ -20,7 +21,7 @@ START_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class RayTrainer:
-    """Carries out recoveries.
+    """Carries out recoveries, and the learning of gates.
 
     Attributes:
         workers: data-parallel workers.
@@ -30,7 +31,7 @@ class RayTrainer:
     workers: int
     use_gpu: bool
 
-    def __call__(self, task: RecoverTask, name: str, storage: Path) -> None:
+    def __call__(self, task: TrainTask, name: str, storage: Path) -> None:
         """Train to the end; the same name and storage continue from the last checkpoint.
 
         Raises:
@@ -57,9 +58,9 @@ class RayTrainer:
         except WorkerGroupError as error:
             reasons = {str(one): one for one in error.worker_failures.values()}
             known = next((one for one in reasons.values() if isinstance(one, CriaError)), None)
-            raise WorkerError("recover", str(known) if known else " / ".join(reasons)) from error
+            raise WorkerError(stage_of(task), str(known) if known else " / ".join(reasons)) from error
         except ControllerError as error:
-            raise WorkerError("recover", f"Ray Train gave up: {error}") from error
+            raise WorkerError(stage_of(task), f"Ray Train gave up: {error}") from error
 
     def _check_resources(self) -> None:
         kind = "GPU" if self.use_gpu else "CPU"
@@ -70,19 +71,19 @@ class RayTrainer:
             )
 
 
-def _train_worker(config: dict[str, RecoverTask]) -> None:
+def _train_worker(config: dict[str, TrainTask]) -> None:
     """The loop of one training worker."""
     ours = ray.train.get_context()
     place = Place(ours.get_world_rank(), ours.get_world_size())
     resume = ray.train.get_checkpoint()
     if resume is None:
-        recover.train(config["task"], place, None, _reporter(place))
+        training.carry_out(config["task"], place, None, _reporter(place))
         return
     with resume.as_directory() as folder:
-        recover.train(config["task"], place, Path(folder), _reporter(place))
+        training.carry_out(config["task"], place, Path(folder), _reporter(place))
 
 
-def _reporter(place: Place) -> recover.Checkpoint:
+def _reporter(place: Place) -> Checkpoint:
     def report(step: int, write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             if place.rank == 0:

@@ -13,7 +13,9 @@ from cria_dist.methods import Method, SiteStatistics
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.records import Float64, Scores, Site
+from cria_dist.store.gates import Gates
 from cria_dist.store.recording import Recording
+from cria_dist.store.saliences import Saliences
 from cria_dist.store.site_scores import write_scores
 
 MOST_PER_DEVICE = 4
@@ -32,6 +34,8 @@ class AnalyseTask:
         digest: digest of recording, weights and method.
         seed: seed of the run.
         sharing: analysts on one GPU.
+        saliences: what was taken of the gradients, for a method that needs them.
+        gates: what was learned, for a method that learns.
     """
 
     recording: Recording
@@ -41,6 +45,8 @@ class AnalyseTask:
     digest: str
     seed: int
     sharing: int = 1
+    saliences: Saliences | None = None
+    gates: Gates | None = None
 
 
 def analyst_bytes(tokens: int, width: int) -> int:
@@ -91,7 +97,7 @@ class Analyst:
         signals = self._task.recording.signals(site) if "signals" in needs else {}
         output_NM = signals.pop("output", None)
         input_NM = np.concatenate(list(signals.values()), axis=1) if signals else None
-        weight_norm_N, output_norm_N = self._weight_norms(site) if "weights" in needs else (None, None)
+        weight_norm_N, output_norm_N, output_DN = self._weights(site) if "weights" in needs else (None, None, None)
         return SiteStatistics(
             width=width,
             input_NM=None if input_NM is None else arrays.to_device(input_NM, self._library),
@@ -99,15 +105,19 @@ class Analyst:
             moments=self._task.recording.moments(site) if "moments" in needs else None,
             weight_norm_N=weight_norm_N,
             output_norm_N=output_norm_N,
+            output_DN=None if output_DN is None else arrays.to_device(output_DN, self._library),
+            taylor_N=None if self._task.saliences is None else self._task.saliences.mean(site),
+            gate_N=None if self._task.gates is None else self._task.gates.read(site),
             seed=zlib.crc32(f"{self._task.seed}/{site.key}".encode()),
         )
 
-    def _weight_norms(self, site: Site) -> tuple[Float64, Float64]:
-        """Coupled norm (incoming rows together, times the outgoing column) and norm of the outgoing column."""
+    def _weights(self, site: Site) -> tuple[Float64, Float64, Float64]:
+        """Coupled norm (incoming rows together, times the outgoing column), norm of the outgoing column, that map."""
         modules = self._family.stored(site)
         with checkpoint.open_tensors(self._task.model_dir) as tensors:
             squared_N = sum(
                 tensors.read(f"{name}.weight").double().square().sum(dim=1).numpy() for name in modules.inputs.values()
             )
-            output_N = tensors.read(f"{modules.output}.weight").double().norm(dim=0).numpy()
-        return np.sqrt(squared_N) * output_N, output_N
+            output_DN = tensors.read(f"{modules.output}.weight").double()
+        output_norm_N = output_DN.norm(dim=0).numpy()
+        return np.sqrt(squared_N) * output_norm_N, output_norm_N, output_DN.numpy()

@@ -7,6 +7,8 @@ from typing import Any
 from cria_dist import files
 from cria_dist.config import CorpusConfig, RunConfig
 from cria_dist.errors import ConfigError
+from cria_dist.methods import Method
+from cria_dist.methods.gates import GateMethod
 from cria_dist.models import checkpoint
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.records import Site, Stage
@@ -25,6 +27,36 @@ def check_methods(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[s
                     f"{method.title} needs at least {method.smallest_site} units and {key} has {width}; "
                     "lower method.neighbours"
                 )
+        if "gradients" in method.needs:
+            _check_gradients(config, method)
+        if isinstance(method, GateMethod):
+            _check_gates(config, method)
+
+
+def _check_gradients(config: RunConfig, method: Method) -> None:
+    """There must be as many sequences as gradients are taken of, in a data type that holds small numbers."""
+    wanted, available = method.gradient_sample.sequences, config.data.calibration_sequences
+    if wanted > available:
+        raise ConfigError(
+            f"{method.title} takes gradients of {wanted} sequences and there are {available} calibration sequences; "
+            f"lower sequences of the method or raise data.calibration_sequences"
+        )
+    if config.model.dtype == "float16":
+        raise ConfigError(
+            f"{method.title} needs gradients, most of which float16 rounds to zero; set model.dtype=bfloat16 or float32"
+        )
+
+
+def _check_gates(config: RunConfig, method: GateMethod) -> None:
+    """There must be a batch of different sequences to learn from."""
+    tokens = config.data.calibration_sequences * config.data.sequence_length
+    available = tokens // method.sequence_length
+    if available < method.batch_sequences:
+        raise ConfigError(
+            f"{method.title} learns from batches of {method.batch_sequences} sequences of {method.sequence_length} "
+            f"tokens, and {tokens} calibration tokens are {available}; lower batch_sequences or sequence_length of the "
+            "method, or raise data.calibration_sequences"
+        )
 
 
 def check_takes(config: RunConfig, family: MlpFamily, until: Stage) -> None:
@@ -37,6 +69,12 @@ def check_takes(config: RunConfig, family: MlpFamily, until: Stage) -> None:
                 f"model_type {family.model_type!r} takes {family.takes}, but data.{name}.format={corpus.format}; "
                 f"set it to {remedy}, or give another model"
             )
+    by_gradients = [one.title for one in (config.method, *config.compare) if one.needs & {"gradients", "gates"}]
+    if family.takes == "images" and by_gradients:
+        raise ConfigError(
+            f"{by_gradients[0]} takes gradients of the next-token loss and model_type {family.model_type!r} takes "
+            "images; choose a method without gradients"
+        )
     if family.takes == "images" and until in ("recover", "evaluate"):
         raise ConfigError(
             f"model_type {family.model_type!r} takes images, and recover and evaluate (hence prune) are for language "

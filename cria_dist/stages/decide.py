@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from cria_dist.maths.importance import lowest, lowest_guarded
+from cria_dist.models.depth import removes_layers
 from cria_dist.records import PruningPlan, Scores
+from cria_dist.stages.decide_depth import local_layers
 
 
 def select(scores: Scores, width: int) -> tuple[int, ...]:
@@ -31,6 +33,8 @@ def local_indices(plan: PruningPlan, previous: PruningPlan | None) -> dict[str, 
     """The plan in the numbering of the model that the previous round left."""
     if previous is None:
         return dict(plan.kept)
+    if removes_layers(plan.kept):
+        return dict(local_layers(plan, previous))
     return {
         key: tuple(np.searchsorted(np.asarray(previous.kept[key]), np.asarray(kept)).tolist())
         for key, kept in plan.kept.items()

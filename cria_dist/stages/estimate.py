@@ -32,12 +32,16 @@ def bytes_of_run(
     hidden_states = tokens * int(model_config["hidden_size"]) * itemsize(config.model.dtype)
     model_bytes = parameters * itemsize(str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32"))
     rounds = config.prune.rounds
+    around_layers = (len(widths) + 1) * int(model_config["hidden_size"]) * config.records_hidden
+    numbers = sum(widths) * family.signals() + around_layers
+    masked = sum(method.unit == "weight" for method in (config.method, *config.compare))
+    sparse = masked + (rounds + recovers) * (config.method.unit == "weight")  # at most: no copy is larger than the model
     return {
         "inputs": 4 * sequences * math.prod(family.input_shape(model_config, length)),
-        "signals": rounds * config.record.tokens * sum(widths) * family.signals() * itemsize(signal_dtype(config)),
+        "signals": rounds * config.record.tokens * numbers * itemsize(signal_dtype(config)),
         "moments": rounds * num_shards(config) * sum(map(stored_bytes, widths)),
         "boundaries": 0 if config.record.schedule == "replicate" else hidden_states,
-        "checkpoints": model_bytes * (rounds + recovers),
+        "checkpoints": model_bytes * (rounds + recovers + sparse),
         "recovery_state": 2 * 12 * parameters * recovers,
     }
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from cria_dist import files
 from cria_dist.errors import ConfigError
+from cria_dist.models import depth
 from cria_dist.records import Site
 from cria_dist.store import activations
 from cria_dist.store.places import recorded
@@ -33,7 +34,7 @@ class Choice:
     Attributes:
         layout: ``list`` writes ``list<float>``; ``binary`` the recorded words of a token as one value, without loss.
         site: key of the only site, or None for all.
-        signal: the only signal, or None for all.
+        signal: the only signal, or None for all; without ``site``, of the neurons.
         round_index: round of the run, from 0.
     """
 
@@ -65,6 +66,8 @@ def export_activations(run_folder: Path, target: Path, choice: Choice) -> list[P
         raise ConfigError(f"{target} is there already; give a new folder, exports are not overwritten")
     recording = _recording(run_folder, choice.round_index)
     sites = [Site.from_key(key) for key in _chosen("site", choice.site, recording.manifest()["sites"])]
+    if choice.site is None and choice.signal is not None:  # hidden states have other signals
+        sites = [site for site in sites if site.part != depth.PART]
     temporary = target.with_name(f".{target.name}.tmp.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

@@ -66,6 +66,7 @@ class Workload:
         self.batch = min(config.record.batch_sequences, self.shard)
         self.sampled = math.ceil(config.record.tokens * self.shard / config.data.calibration_sequences)
         self.signal_dtype = signal_dtype(config)
+        self.records_hidden = config.records_hidden
 
     @property
     def layers(self) -> int:
@@ -88,7 +89,7 @@ class Workload:
         signal = self.signals * self.sampled * itemsize(self.signal_dtype)
         # one site is written beside the computation: the columns and the file, the moments as a file, twice
         writing = (2 * signal * max(widths) + 2 * 4 * max(widths) ** 2) // ranks
-        data = signal * sum(widths) // ranks + writing + self._hidden_states(block)
+        data = signal * sum(widths) // ranks + writing + self._hidden_states(block) + self._around_layers(block)
         return Footprint(weights * self.itemsize, moments, data + self._activations(max(widths), ranks))
 
     def _activations(self, width: int, ranks: int) -> int:
@@ -101,6 +102,11 @@ class Workload:
         gathered = 4 * width if self.itemsize < 4 or ranks > 1 else 0  # products are summed in float32
         mlp = tokens * (4 * width * self.itemsize // ranks + gathered)
         return hidden + max(attention, mlp)
+
+    def _around_layers(self, block: Block) -> int:
+        """Sampled hidden states of a shard: those after every layer, and those before the first."""
+        states = (block.stop - block.first + block.is_first) * self.records_hidden
+        return states * self.sampled * self.sizes.hidden * itemsize(self.signal_dtype)
 
     def _hidden_states(self, block: Block) -> int:
         """Of a shard: those before the block (or pixels), and those after it as tensor, file and file with its seal."""

@@ -1,10 +1,14 @@
-"""A block of the model with an observer at each of its sites. Shapes: S sequences, T tokens, D hidden."""
+"""A block of the model with an observer at each of its sites, and around its layers where that is asked for.
+
+Shapes: S sequences, T tokens, D hidden.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from cria_dist.models import depth
 from cria_dist.models.blocks import Block, BlockModel
 from cria_dist.models.checkpoint import Numerics, read_config
 from cria_dist.models.family import family_of
@@ -12,6 +16,8 @@ from cria_dist.models.ranks import Ranks
 from cria_dist.models.tensor_parallel import TensorParallelModel
 from cria_dist.records import Site
 from cria_dist.stages.observe import SiteObserver
+from cria_dist.stages.observe_hidden import HiddenObserver
+from cria_dist.stages.observer import Observer
 from cria_dist.stages.sample import TokenSample
 from cria_dist.store.recording import Slice
 
@@ -25,15 +31,18 @@ class ObservedBlock:
         block: the layers to load.
         ranks: the processes that share every layer.
         dtype: data type to store signals in.
+        hidden: observe the hidden states around the layers too.
     """
 
-    def __init__(self, directory: Path, numerics: Numerics, block: Block, ranks: Ranks, dtype: str) -> None:
+    def __init__(
+        self, directory: Path, numerics: Numerics, block: Block, ranks: Ranks, dtype: str, hidden: bool = False
+    ) -> None:
         config = read_config(directory)
         family = family_of(config)
         what = directory, numerics, family, block
         self._model = BlockModel(*what) if ranks.size == 1 else TensorParallelModel(*what, ranks)
         self.block = block
-        self.observers: dict[Site, SiteObserver] = {}
+        self.observers: dict[Site, Observer] = {}
         for site, width in family.widths(config).items():
             if block.first <= site.layer < block.stop:
                 held, modules = ranks.units(width), family.modules(site)
@@ -43,6 +52,13 @@ class ObservedBlock:
                 self._model.module(modules.output).register_forward_pre_hook(observer.output_hook)
                 self._model.module(f"{family.layers}.{site.layer}").register_forward_hook(observer.layer_hook)
                 self.observers[site] = observer
+        for site in depth.layer_sites(config)[block.first : block.stop] if hidden else ():
+            width, layer = int(config["hidden_size"]), self._model.module(f"{family.layers}.{site.layer}")
+            observer = HiddenObserver(Slice(0, width), width, dtype, self._model.device)
+            if site.layer == 0:
+                layer.register_forward_pre_hook(observer.entry_hook, with_kwargs=True)
+            layer.register_forward_hook(observer.layer_hook)
+            self.observers[site] = observer
 
     def run(
         self,
@@ -50,7 +66,7 @@ class ObservedBlock:
         sequences: range,
         sample: TokenSample,
         batch: int,
-        finished: Callable[[Site, SiteObserver], None],
+        finished: Callable[[Site, Observer], None],
     ) -> torch.Tensor | None:
         """Run a shard and observe it.
 
@@ -82,5 +98,5 @@ class ObservedBlock:
         return after
 
 
-def _bound(finished: Callable[[Site, SiteObserver], None], site: Site, observer: SiteObserver) -> Callable[[], None]:
+def _bound(finished: Callable[[Site, Observer], None], site: Site, observer: Observer) -> Callable[[], None]:
     return lambda: finished(site, observer)

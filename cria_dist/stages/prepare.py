@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from cria_dist import files
-from cria_dist.config import RunConfig
-from cria_dist.errors import ConfigError, PlanError
-from cria_dist.maths.allocation import uniform_widths, units_ratio_for_parameters
+from cria_dist.config import Repair, RunConfig
+from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.records import Site, Stage
 from cria_dist.stages import checks
+from cria_dist.stages.budget import fewest_units, final_widths
+from cria_dist.stages.check_layers import check_layer_methods
 from cria_dist.stages.corpus import load_tokens
+from cria_dist.stages.decide_weights import check_weight_methods
 from cria_dist.stages.images import staged_pixels
 from cria_dist.stages.token_files import NAMES, Cut, InputFiles, cut_tokens
 from cria_dist.store import places
@@ -68,6 +70,11 @@ class Job:
         """Test tokens, int32 [sequences, length]."""
         return self.folder / "tokens" / "test.npy"
 
+    @property
+    def repair(self) -> Repair:
+        """What the survivors of ``method`` are repaired by: nothing where whole layers leave, or single weights."""
+        return self.config.prune.repair if self.config.method.unit == "mlp" else "none"
+
     def added_parameters(self, kept: Mapping[str, tuple[int, ...]]) -> int:
         """Parameters the repair adds to the model: biases where it has none."""
         if self.config.prune.repair != "bias":
@@ -76,7 +83,7 @@ class Job:
 
     @property
     def final_widths(self) -> dict[str, int]:
-        """Units per site key after the last round."""
+        """Units per site key after the last round of an even allocation."""
         return final_widths(self.config, self.family, self.model_config, self.dense_parameters)
 
 
@@ -99,9 +106,13 @@ def prepare(config: RunConfig, until: Stage = "evaluate") -> Job:
     checks.check_takes(config, family, until)
     checks.check_tensors(model_dir, family, model_config)
     dense_parameters = checkpoint.count_parameters(model_config)
-    kept = final_widths(config, family, model_config, dense_parameters)
-    family.narrowed(model_config, kept, config.prune.repair == "bias")
-    checks.check_methods(config, family.widths(model_config), kept)
+    evenly = config.prune.allocation == "uniform"
+    if not evenly or any(method.unit == "mlp" for method in (config.method, *config.compare)):
+        kept = (final_widths if evenly else fewest_units)(config, family, model_config, dense_parameters)
+        family.narrowed(model_config, kept, config.prune.repair == "bias")
+        checks.check_methods(config, family.widths(model_config), kept)
+    check_layer_methods(config, family, model_config, dense_parameters)
+    check_weight_methods(config, family, model_config, dense_parameters)
     checks.check_sampling(config, family.positions(model_config, config.data.sequence_length))
     places.check(config.record.storage)
     checks.check_disk(config, model_config, family, folder, dense_parameters)
@@ -144,26 +155,6 @@ def run_folder(config: RunConfig) -> Path:
         return Path(config.run.folder).absolute()
     name = files.safe_name(f"{config.name}-{files.digest(config.result_part())[:8]}")
     return Path(config.run.root).absolute() / name
-
-
-def final_widths(
-    config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any], dense_parameters: int
-) -> dict[str, int]:
-    """Units per site key that the budget leaves.
-
-    Raises:
-        PlanError: the budget would empty a site.
-    """
-    widths = {site.key: width for site, width in family.widths(model_config).items()}
-    ratio = config.prune.ratio
-    if config.prune.budget == "parameters":
-        cost = dict.fromkeys(widths, family.unit_cost(model_config))
-        ratio = units_ratio_for_parameters(widths, cost, dense_parameters, ratio)
-    kept = uniform_widths(widths, ratio, config.prune.multiple)
-    for key, width in widths.items():
-        if kept[key] == width:
-            raise PlanError(f"prune.ratio={config.prune.ratio:g} removes nothing at {key} ({width} units); raise it")
-    return kept
 
 
 @contextmanager

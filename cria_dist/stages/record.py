@@ -26,6 +26,9 @@ from cria_dist.store.recording import Recording
 
 log = logging.getLogger(__name__)
 
+KINDS = ("signals", "moments")
+"""What is written of a site; hidden states have no moments."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecordTask:
@@ -41,6 +44,7 @@ class RecordTask:
         batch_sequences: sequences per forward pass.
         sampled_tokens: tokens per site to store, over all shards.
         seed: seed of the token sample.
+        hidden: record the hidden states around the layers too.
     """
 
     recording: Recording
@@ -52,6 +56,7 @@ class RecordTask:
     batch_sequences: int
     sampled_tokens: int
     seed: int
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +165,7 @@ class Recorder:
             if parts:
                 width = observed.observers[site].width
                 self._task.recording.commit(site, work.shard, width, self._task.signal_dtype, parts)
-            written += sum(int(part[kind]["bytes"]) for part in parts for kind in ("signals", "moments"))
+            written += sum(int(part[kind]["bytes"]) for part in parts for kind in KINDS if kind in part)
         return written
 
     def _sequences(self, work: ShardWork) -> range:
@@ -182,5 +187,6 @@ class Recorder:
         if self._observed is None or self._observed.block != block:
             self._observed = None
             task = self._task
-            self._observed = ObservedBlock(task.model_dir, task.numerics, block, self._ranks, task.signal_dtype)
+            what = task.model_dir, task.numerics, block, self._ranks, task.signal_dtype, task.hidden
+            self._observed = ObservedBlock(*what)
         return self._observed

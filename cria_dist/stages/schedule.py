@@ -105,7 +105,11 @@ def in_words(kind: Kind, layout: Layout, workers: int) -> str:
 
 
 def pending(
-    schedule: Schedule, shards: int, committed: Collection[tuple[Site, int]], boundaries: Collection[tuple[int, int]]
+    schedule: Schedule,
+    shards: int,
+    committed: Collection[tuple[Site, int]],
+    boundaries: Collection[tuple[int, int]],
+    parts: Collection[str] = ("mlp",),
 ) -> list[ShardWork]:
     """The work items that are left, block by block.
 
@@ -117,8 +121,13 @@ def pending(
         shards: number of shards.
         committed: every (site, shard) that is finished.
         boundaries: every (layer, shard) whose hidden states are stored.
+        parts: parts of a layer that are recorded.
     """
-    layers = {(site.layer, shard) for site, shard in committed}
+    layers = {
+        (site.layer, shard)
+        for site, shard in committed
+        if all((Site(site.layer, part), shard) in committed for part in parts)
+    }
     left: list[ShardWork] = []
     for shard in range(shards):
         wanted_after = False
@@ -155,7 +164,7 @@ def _layouts(kind: Kind, work: Workload, workers: int) -> Iterator[Layout]:
     elif kind == "sweep":
         for count in range(1, work.layers + 1):
             yield partition(work.layers, count), 1
-    else:
+    elif not work.records_hidden:
         legal = (ranks for ranks in range(workers, 1, -1) if tensor_ranks_problem(work.model_config, ranks) is None)
         yield from ((whole, ranks) for ranks in itertools.islice(legal, 1))
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 
 from cria_dist.records import Site
-from cria_dist.stages.observe import SiteObserver
+from cria_dist.stages.observer import Observer
 from cria_dist.store.activations import SignalTable
 from cria_dist.store.recording import Recording
 
@@ -41,7 +41,7 @@ class ShardWriter:
         """Finish what was begun; after an error, begin nothing more."""
         self._thread.shutdown(cancel_futures=kind is not None)
 
-    def hand_over(self, site: Site, observer: SiteObserver) -> None:
+    def hand_over(self, site: Site, observer: Observer) -> None:
         """Check and write what was observed of a site; the observer must not be reset before its part is there."""
         self._parts[site] = self._thread.submit(self._write, site, observer)
 
@@ -55,12 +55,15 @@ class ShardWriter:
         for site, part in self._parts.items():
             yield site, part.result()
 
-    def _write(self, site: Site, observer: SiteObserver) -> dict[str, Any]:
+    def _write(self, site: Site, observer: Observer) -> dict[str, Any]:
         observer.check(site, self._shard)
         units, table = observer.units, SignalTable(observer.signals(), self._origin, self._dtype)
-        return {
+        part = {
             "start": units.start,
             "stop": units.stop,
             "signals": self._recording.write_signals(site, self._shard, units, table),
-            "moments": self._recording.write_moments(site, self._shard, units, observer.moments()),
         }
+        sums = observer.moments()
+        if sums is not None:
+            part["moments"] = self._recording.write_moments(site, self._shard, units, sums)
+        return part

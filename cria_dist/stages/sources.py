@@ -27,11 +27,6 @@ Convert = Callable[[Any, Where], Item | None]
 """Makes an item of a field's value; None leaves the row out."""
 
 
-def read_documents(corpus: CorpusConfig) -> Iterator[str]:
-    """Documents of a corpus of plain text, see :func:`read_items`."""
-    return read_items(corpus, plain_text)
-
-
 def read_items(corpus: CorpusConfig, convert: Convert[Item]) -> Iterator[Item]:
     """Items of a corpus, one at a time and in a fixed order; reads no further than it is asked.
 

@@ -1,4 +1,7 @@
-"""Verify: a fresh process that cannot import this package loads the checkpoint and computes the same logits."""
+"""Verify: a fresh process loads the checkpoint and computes the same logits.
+
+It cannot import this package, unless the layers differ in width: no stock class loads that, ``load_pruned`` does.
+"""
 
 import os
 import subprocess
@@ -11,26 +14,47 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+import cria_dist
 from cria_dist import files
 from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
+from cria_dist.models.mlp import LAYER_WIDTHS
 from cria_dist.stages.evaluate import Variant
 
 TOLERANCE = 1e-5
 TIMEOUT_SECONDS = 1800
 
-STRANGER = """
+LOADERS = {
+    "stock": """
 import sys
 sys.modules["cria_dist"] = None  # any import of it raises
+from transformers import AutoModelForCausalLM
+def load(directory, dtype):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+""",
+    "ours": """
+import sys
+from cria_dist import load_pruned
+def load(directory, dtype):
+    return load_pruned(directory, dtype=dtype)
+""",
+}
+"""How the fresh process loads: as anybody does, or what no stock class loads."""
+STRANGER = """
 import numpy, torch
 from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM
 directory, tokens, dtype, target = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), local_files_only=True).eval()
+model = load(directory, getattr(torch, dtype)).eval()
 with torch.inference_mode():
     logits = model(input_ids=torch.from_numpy(numpy.load(tokens)).long()).logits
 save_file({"logits": logits.float().numpy()}, target)
 """
+FINDINGS = {
+    "stock": "loaded in a fresh process without this package, logits equal",
+    "ours": "the layers differ in width, which stock from_pretrained refuses; loaded in a fresh process by "
+    "cria_dist.load_pruned, logits equal",
+}
+"""What the report says, before the largest difference."""
 
 
 def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_path: Path, dtype: str) -> str:
@@ -48,6 +72,7 @@ def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_pa
     Raises:
         DataError: the checkpoint does not load, or its logits differ.
     """
+    kind = "ours" if LAYER_WIDTHS in checkpoint.read_config(directory) else "stock"
     tokens_1T = np.load(tokens_path, allow_pickle=False)[:1, :64]
     with torch.inference_mode():
         ours = (
@@ -56,8 +81,8 @@ def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_pa
     with tempfile.TemporaryDirectory() as folder:
         tokens, logits = Path(folder) / "tokens.npy", Path(folder) / "logits.safetensors"
         np.save(tokens, tokens_1T, allow_pickle=False)
-        command = [sys.executable, "-c", STRANGER, str(directory), str(tokens), dtype, str(logits)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+        command = [sys.executable, "-c", LOADERS[kind] + STRANGER, str(directory), str(tokens), dtype, str(logits)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": _python_path()}
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, check=False
         )
@@ -69,7 +94,13 @@ def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_pa
     allowed = TOLERANCE * max(1.0, float(np.abs(ours).max()))
     if not difference <= allowed:
         raise DataError(f"{directory} loads in transformers, but its logits differ by {difference:.1e} from ours")
-    return f"loaded in a fresh process without this package, logits equal (largest difference {difference:.1e})"
+    return f"{FINDINGS[kind]} (largest difference {difference:.1e})"
+
+
+def _python_path() -> str:
+    """What this process has, after where this package lies: in a job it may be on nobody's path but ours."""
+    home = Path(cria_dist.__file__).parents[1]
+    return os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -119,9 +119,23 @@ class Recording:
         for shard, commit in enumerate(self._commits(site)):
             for part in commit["parts"]:
                 units = Slice(part["start"], part["stop"])
-                name = signals_name(site, shard, units)
-                content, sha256 = self.storage.read(name), part["signals"]["sha256"]
-                yield units, activations.decode(content, self.storage.where(name), sha256, only)
+                yield units, self._signals_of(site, shard, part, only)
+
+    def hidden(self, site: Site, shard: int) -> activations.StoredSignals:
+        """The hidden states around a layer in one shard; ``site`` is the layer's ``block``, which is never sliced.
+
+        Raises:
+            DataError: the file is missing or damaged; the message names it.
+        """
+        [part] = self._commits(site)[shard]["parts"]
+        return self._signals_of(site, shard, part)
+
+    def _signals_of(
+        self, site: Site, shard: int, part: Mapping[str, Any], only: Collection[str] = ()
+    ) -> activations.StoredSignals:
+        name = signals_name(site, shard, Slice(part["start"], part["stop"]))
+        content, sha256 = self.storage.read(name), part["signals"]["sha256"]
+        return activations.decode(content, self.storage.where(name), sha256, only)
 
     def signals(self, site: Site) -> dict[str, np.ndarray]:
         """All sampled tokens of a site, float32 [N, M] by signal name, in token order.
@@ -147,9 +161,9 @@ class Recording:
         tokens = sum(commit["parts"][0]["signals"]["rows"] for commit in commits)
         return commits[0]["width"], tokens, commits[0]["dtype"]
 
-    def moments(self, site: Site) -> Moments:
-        """Moments of a site over all calibration tokens: float64 sums over shards in their order."""
-        commits = self._commits(site)
+    def moments(self, site: Site, shards: int | None = None) -> Moments:
+        """Moments of a site over all calibration tokens, or the first shards': float64 sums over shards in order."""
+        commits = self._commits(site)[:shards]
         width = commits[0]["width"]
         total_N, gram_NN, count = np.zeros(width), np.zeros((width, width)), 0
         for shard, commit in enumerate(commits):
@@ -181,8 +195,7 @@ class Recording:
 def _is_whole(site: Site, shard: int, record: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
     for part in record["parts"]:
         units = Slice(part["start"], part["stop"])
-        signals = signals_name(site, shard, units)
-        sums = moments_name(site, shard, units)
-        if sizes.get(signals) != part["signals"]["bytes"] or sizes.get(sums) != part["moments"]["bytes"]:
+        names = {"signals": signals_name(site, shard, units), "moments": moments_name(site, shard, units)}
+        if any(kind in part and sizes.get(name) != part[kind]["bytes"] for kind, name in names.items()):
             return False
     return True

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from jobs.benchmarks import demo, record, spectral
+from jobs.benchmarks import demo, quality, record, spectral
 from jobs.benchmarks.frame import Measurement
 
 BENCHMARKS: dict[str, Callable[[bool], Measurement]] = {
     "demo": demo.measure,
+    "quality": quality.measure,
     "record": record.measure,
     "spectral": spectral.measure,
 }

@@ -8,6 +8,7 @@ from cria_dist import arrays
 from cria_dist.maths import (
     density,
     duplicates,
+    elimination,
     graphs,
     importance,
     lanczos,
@@ -152,3 +153,12 @@ def test_inside_of_the_sketch(pair):
 def test_totals_of_a_library_without_bincount():
     found = arrays.totals(*map(strict.asarray, (np.asarray([1.0, 2.0, 4.0]), np.asarray([2, 0, 2]))), 4)
     np.testing.assert_array_equal(host(found), [2.0, 0.0, 5.0, 0.0])
+
+
+def test_elimination():
+    rng = np.random.default_rng(12)
+    signals, weight = np.maximum(rng.normal(size=(300, 90)), 0), rng.normal(size=(8, 90))
+    expected = elimination.eliminate(signals.T @ signals, weight, 1e-3)
+    found = elimination.eliminate(strict.asarray(signals.T @ signals), strict.asarray(weight), 1e-3)
+    np.testing.assert_array_equal(found.order_N, expected.order_N)
+    np.testing.assert_allclose(found.cost_N, expected.cost_N, rtol=1e-9)

@@ -36,6 +36,9 @@ def build_statistics(width: int = 64, tokens: int = 256, seed: int = 0, dead: tu
         moments=Moments(tokens, wide_NM.sum(axis=1), wide_NM @ wide_NM.T),
         weight_norm_N=rng.uniform(0.5, 2, width),
         output_norm_N=rng.uniform(0.5, 2, width),
+        output_DN=np.random.default_rng([seed, 2]).normal(size=(24, width)),
+        taylor_N=rng.uniform(0.5, 2, width),
+        gate_N=np.random.default_rng([seed, 3]).normal(size=width),
         seed=seed,
     )
 

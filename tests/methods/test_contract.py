@@ -10,7 +10,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from cria_dist import methods
 from cria_dist.errors import NumericError
-from cria_dist.methods import Cria, Magnitude, Method, Random
+from cria_dist.methods import (
+    Activation,
+    Conditional,
+    Cria,
+    Eigenvalue,
+    Flap,
+    Magnitude,
+    Method,
+    Random,
+    Receding,
+    Taylor,
+    Wanda,
+)
 
 METHODS = [
     Cria(),
@@ -25,13 +37,26 @@ METHODS = [
     Cria(dead_first=True),
     Cria(drop_edges=0.2),
     Cria(spectrum="full", output_weighting="product", neighbour_guard=True, dead_first=True, neighbours=6),
+    Conditional(),
+    Conditional(ridge=0.1),
     Random(),
     Magnitude(),
+    Activation(),
+    Wanda(),
+    Flap(),
+    Taylor(),
+    Taylor(sequences=8, shard_sequences=8),
+    Eigenvalue(),
+    Eigenvalue(variant="all", l1=0.0),
+    Receding(),
+    Receding(variant="all", opening=0.9, shift=3.0),
 ]
 FIELDS = {
     "signals": ("input_NM", "output_NM"),
     "moments": ("moments",),
-    "weights": ("weight_norm_N", "output_norm_N"),
+    "weights": ("weight_norm_N", "output_norm_N", "output_DN"),
+    "gradients": ("taylor_N",),
+    "gates": ("gate_N",),
 }
 ADAPTER = TypeAdapter(Method)
 every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
@@ -39,7 +64,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 def test_every_method_has_a_row():
     union = get_args(get_args(Method)[0])
-    assert {type(method) for method in METHODS} == set(union)
+    assert {type(method) for method in METHODS} == {cls for cls in union if cls.unit == "mlp"}
     assert {cls.__name__ for cls in union} <= set(methods.__all__)
 
 
@@ -81,7 +106,7 @@ def test_the_same_statistics_give_the_same_bytes(method, make_statistics):
 def test_scoring_leaves_the_statistics_alone(method, make_statistics):
     statistics, untouched = make_statistics(dead=(5,)), make_statistics(dead=(5,))
     method.score(statistics)
-    for name in ("input_NM", "output_NM", "weight_norm_N", "output_norm_N"):
+    for name in ("input_NM", "output_NM", "weight_norm_N", "output_norm_N", "output_DN", "taylor_N", "gate_N"):
         np.testing.assert_array_equal(getattr(statistics, name), getattr(untouched, name))
     np.testing.assert_array_equal(statistics.moments.gram_NN, untouched.moments.gram_NN)
 
@@ -132,4 +157,4 @@ def test_is_frozen_and_knows_no_other_fields(method):
 
 def test_an_unknown_method_is_a_validation_error():
     with pytest.raises(ValidationError, match="magnitude"):
-        ADAPTER.validate_python({"name": "wanda"})
+        ADAPTER.validate_python({"name": "best"})

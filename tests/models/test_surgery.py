@@ -239,11 +239,37 @@ def test_a_plan_that_does_not_fit_is_refused(kept: Kept, pico: Path, tmp_path: P
     assert not checkpoint.is_complete(tmp_path / "pruned")
 
 
-def test_unequal_widths_are_refused_before_anything_is_written(pico: Path, tmp_path: Path) -> None:
-    uneven = {**KEPT, "layer-001.mlp": FULL[:30]}
-    with pytest.raises(ConfigError, match=r"26\.\.30 differ between layers"):
-        surgery.write_pruned(pico, tmp_path / "pruned", operation(pico, uneven))
-    assert not list(tmp_path.rglob("*.safetensors"))
+UNEVEN: Kept = {**KEPT, "layer-001.mlp": tuple(range(3, 39))}
+"""26 and 36 units: no stock class has that."""
+
+
+def test_unequal_widths_equal_masking(dense: Path, tmp_path: Path) -> None:
+    expected = masked_logits(dense, UNEVEN)
+    assert_equals(logits(surgery.pruned_copy(load_model(dense, Numerics()), operation(dense, UNEVEN))), expected)
+    surgery.write_pruned(dense, tmp_path / "pruned", operation(dense, UNEVEN))
+    changed = {"intermediate_size": 36, "intermediate_size_per_layer": [26, 36]}
+    assert read_config(tmp_path / "pruned") == {**read_config(dense), **changed}
+    written = load_model(tmp_path / "pruned", Numerics())
+    assert_equals(logits(written), expected)
+    assert type(written) is type(load_model(dense, Numerics()))
+
+
+def test_unequal_widths_with_a_bias_equal_masking_with_bias(make_model: MakeModel, tmp_path: Path) -> None:
+    dense = make_model(tmp_path / "dense", shard_size="20KB")
+    repair = make_repair(tmp_path / "repair", "bias")
+    expected = masked_logits(dense, UNEVEN, repair)
+    done = operation(dense, UNEVEN, repair=tmp_path / "repair", output_bias=True)
+    surgery.write_pruned(dense, tmp_path / "pruned", done)
+    assert_equals(logits(load_model(tmp_path / "pruned", Numerics())), expected)
+
+
+def test_unequal_widths_can_be_pruned_again_and_become_equal(pico: Path, tmp_path: Path) -> None:
+    surgery.write_pruned(pico, tmp_path / "first", operation(pico, UNEVEN))
+    again: Kept = {"layer-000.mlp": tuple(range(20)), "layer-001.mlp": tuple(range(10, 30))}
+    surgery.write_pruned(tmp_path / "first", tmp_path / "second", operation(tmp_path / "first", again))
+    assert read_config(tmp_path / "second") == {**read_config(pico), "intermediate_size": 20}
+    both = {key: tuple(UNEVEN[key][index] for index in kept) for key, kept in again.items()}
+    assert_equals(logits(load_model(tmp_path / "second", Numerics())), masked_logits(pico, both))
 
 
 def test_an_interrupted_write_is_continued(make_model: MakeModel, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.blocks import BlockModel, partition
 from cria_dist.models.checkpoint import Numerics, load_model, read_config
@@ -51,17 +50,19 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(pixel_values=PIXELS).logits
 
 
-def masked_logits(directory: Path, repair: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+def masked_logits(
+    directory: Path, repair: dict[str, torch.Tensor] | None = None, kept: dict[str, tuple[int, ...]] = KEPT
+) -> torch.Tensor:
     """Of the whole model with the removed units' outputs zeroed; then the repair, put in by hand."""
     model = load_model(directory, Numerics())
     dense = logits(model)
     for layer, block in enumerate(model.vit.layers):
         key = f"layer-{layer:03d}.mlp"
         with torch.no_grad():
-            block.mlp.fc2.weight[:, sorted(set(range(WIDTH)) - set(KEPT[key]))] = 0
+            block.mlp.fc2.weight[:, sorted(set(range(WIDTH)) - set(kept[key]))] = 0
             for name, values in (repair or {}).items():
                 if name == f"{key}.weight":
-                    block.mlp.fc2.weight[:, list(KEPT[key])] = values
+                    block.mlp.fc2.weight[:, list(kept[key])] = values
                 elif name == f"{key}.bias":
                     block.mlp.fc2.bias.copy_(values)
     masked = logits(model)
@@ -197,10 +198,12 @@ def test_a_repair_goes_where_it_belongs(part: str, pico_vit: Path, tmp_path: Pat
     assert_equals(logits(surgery.pruned_copy(load_model(pico_vit, Numerics()), repaired)), expected)
 
 
-def test_widths_that_differ_are_refused(pico_vit: Path) -> None:
-    config = read_config(pico_vit)
-    with pytest.raises(ConfigError, match=r"the stock 'vit' class has one intermediate_size"):
-        family_of(config).narrowed(config, {"layer-000.mlp": 8, "layer-001.mlp": 16}, False)
+def test_widths_that_differ(pico_vit: Path, tmp_path: Path) -> None:
+    kept = {"layer-000.mlp": tuple(range(8)), "layer-001.mlp": tuple(range(9, 40)), "layer-002.mlp": tuple(range(16))}
+    done = surgery.Surgery(family_of(read_config(pico_vit)), read_config(pico_vit), kept)
+    surgery.write_pruned(pico_vit, tmp_path / "pruned", done)
+    assert read_config(tmp_path / "pruned")["intermediate_size_per_layer"] == [8, 31, 16]
+    assert_equals(logits(load_model(tmp_path / "pruned", Numerics())), masked_logits(pico_vit, kept=kept))
 
 
 def test_layers_are_not_shared(pico_vit: Path) -> None:

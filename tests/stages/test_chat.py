@@ -18,7 +18,7 @@ from cria_dist.errors import ConfigError, CriaError, DataError
 from cria_dist.stages.chat import conversation_reader
 from cria_dist.stages.corpus import load_tokens
 from cria_dist.stages.prepare import prepare
-from cria_dist.stages.sources import read_documents, read_items
+from cria_dist.stages.sources import plain_text, read_items
 
 TEMPLATE = """{{ bos_token }}{% for message in messages -%}
 {% if message.role not in ('system', 'user', 'assistant') %}{{ raise_exception('no role ' + message.role) }}{% endif -%}
@@ -154,7 +154,7 @@ def test_rows_of_a_data_set_are_numbered_too(tokenizer: PreTrainedTokenizerFast,
 def test_messages_read_as_text_say_which_format_to_set(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": HELLO}])
     with pytest.raises(ConfigError, match=r'holds list, not text; .*set format="chat"'):
-        list(read_documents(CorpusConfig(source=str(path), field="messages")))
+        list(read_items(CorpusConfig(source=str(path), field="messages"), plain_text))
 
 
 @pytest.mark.parametrize("source", ["builtin:pydoc", "talk.txt"])

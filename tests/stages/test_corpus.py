@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from cria_dist.config import CorpusConfig, DataConfig
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.stages.corpus import check_overlap, load_tokens, tokenize
-from cria_dist.stages.sources import read_documents
+from cria_dist.stages.sources import plain_text, read_items
 
 Part = Literal["all", "first", "second"]
 
@@ -37,7 +37,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def documents(source: Path | str, part: Part = "all", **settings: str) -> list[str]:
-    return list(read_documents(CorpusConfig(source=str(source), part=part, **settings)))
+    return list(read_items(CorpusConfig(source=str(source), part=part, **settings), plain_text))
 
 
 def write_jsonl(path: Path, rows: list[object]) -> Path:
@@ -134,8 +134,8 @@ def test_unreachable_hub_set_is_named() -> None:
     script = (
         "from cria_dist.config import CorpusConfig\n"
         "from cria_dist.errors import DataError\n"
-        "from cria_dist.stages.sources import read_documents\n"
-        "try:\n    list(read_documents(CorpusConfig(source='no-such-org/no-such-set')))\n"
+        "from cria_dist.stages.sources import plain_text, read_items\n"
+        "try:\n    list(read_items(CorpusConfig(source='no-such-org/no-such-set'), plain_text))\n"
         "except DataError as error:\n    print(error)\n"
     )
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

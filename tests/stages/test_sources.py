@@ -16,13 +16,13 @@ from cria_dist.config import CorpusConfig
 from cria_dist.errors import ConfigError, CriaError, DataError
 from cria_dist.stages import lines
 from cria_dist.stages.corpus import tokenize
-from cria_dist.stages.sources import plain_text, read_documents, read_items
+from cria_dist.stages.sources import plain_text, read_items
 
 Part = Literal["all", "first", "second"]
 
 
 def documents(source: Path | str, part: Part = "all", **settings: Any) -> Iterator[str]:
-    return read_documents(CorpusConfig(source=str(source), part=part, **settings))
+    return read_items(CorpusConfig(source=str(source), part=part, **settings), plain_text)
 
 
 def bytes_read() -> int:

@@ -349,3 +349,26 @@ def test_cifar10(
     recording, expected = recording_of(job), observed(job, SITES[1])["output"]
     assert recording.moments(SITES[1]).count == 64 * POSITIONS
     np.testing.assert_allclose(recording.moments(SITES[1]).gram_NN, expected.T @ expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["block_influence", "mpruner"])
+def test_whole_layers_of_a_classifier_go(method: str, make_config: MakeConfig, make_context: MakeContext) -> None:
+    job = carry_out(make_context, make_config(method={"name": method}), "apply")
+    plan = PruningPlan.from_json((job.folder / "pruned" / "plan.json").read_text())
+    gone = [layer for layer in range(3) if not plan.kept[f"layer-{layer:03d}.block"]]
+    assert len(gone) == 1
+    masked, pruned = (
+        checkpoint.load_model(folder, checkpoint.Numerics()) for folder in (job.model_dir, job.folder / "pruned")
+    )
+    masked.vit.layers[gone[0]].forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+    pixels_SCHW = torch.from_numpy(np.load(job.calibration_path))
+    with torch.inference_mode():
+        expected, found = (model(pixel_values=pixels_SCHW).logits for model in (masked, pruned))
+    assert (found - expected).abs().max() < 1e-5
+    assert plan.parameters[1] == sum(parameter.numel() for parameter in pruned.parameters())
+
+
+def test_a_classifier_has_no_perplexity_to_stop_at(make_config: MakeConfig) -> None:
+    config = make_config(method={"name": "mpruner", "stop": "loss"})
+    with pytest.raises(ConfigError, match=r"measures perplexity and model_type 'vit' takes images; .*stop=budget"):
+        prepare(config, "apply")

@@ -1,0 +1,77 @@
+"""What an allocation may choose from: the room of every site between its floor and its width, and the budget.
+
+Sites may differ in what a unit costs and in the multiple of their widths (an MLP neuron, a KV group, a whole layer).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cria_dist.errors import PlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The widths one site may get.
+
+    Attributes:
+        width: units it has.
+        smallest: fewest units that stay; equal to ``width`` where the site is protected.
+        multiple: new widths are multiples of this (the present width always is allowed).
+        unit_cost: what a unit takes of the budget.
+    """
+
+    width: int
+    smallest: int
+    multiple: int
+    unit_cost: float
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Every width it may get, ascending."""
+        first = math.ceil(self.smallest / self.multiple) * self.multiple
+        return (*range(first, self.width, self.multiple), self.width)
+
+
+def room(width: int, floor: float, multiple: int, unit_cost: float) -> Room:
+    """A site of which a share ``floor`` stays, and at least one multiple (or all, where it has no more)."""
+    smallest = max(multiple, math.ceil(width * floor / multiple - 1e-9) * multiple)
+    return Room(width, min(width, smallest), multiple, unit_cost)
+
+
+def check_floors(rooms: Mapping[str, Room], budget: float, total: float, ratio: float) -> None:
+    """Refuse a budget that the smallest widths exceed.
+
+    Args:
+        rooms: the sites.
+        budget: cost that may stay at them.
+        total: cost of the whole dense model that ``ratio`` is a share of.
+        ratio: share to remove.
+
+    Raises:
+        PlanError: the floors keep more than the budget allows.
+    """
+    least = sum(one.smallest * one.unit_cost for one in rooms.values())
+    if least > budget + 1e-9 * total:
+        most = (budget + ratio * total - least) / total
+        raise PlanError(
+            f"prune.ratio={ratio:g} cannot be reached: prune.floor, prune.protect and prune.multiple let at most "
+            f"{max(most, 0.0):.3f} go; lower prune.ratio, or lower prune.floor or protect fewer layers"
+        )
+
+
+def even_widths(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
+    """The same share of every site that is not protected, floors left aside: what ``uniform`` makes of the budget.
+
+    Raises:
+        PlanError: the share would empty a site.
+    """
+    free = {key: one for key, one in rooms.items() if one.smallest < one.width}
+    fixed = sum(one.width * one.unit_cost for key, one in rooms.items() if key not in free)
+    share = (budget - fixed) / sum(one.width * one.unit_cost for one in free.values()) if free else 1.0
+    widths = {key: one.width for key, one in rooms.items()}
+    for key, one in free.items():
+        widths[key] = min(one.width, math.floor(one.width * share + 1e-9) // one.multiple * one.multiple)
+        if widths[key] < 1:
+            raise PlanError(f"the budget leaves no unit at {key}; lower prune.ratio or prune.multiple={one.multiple}")
+    return widths

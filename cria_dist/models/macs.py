@@ -1,0 +1,20 @@
+"""How many multiplications a model makes, from its shapes alone."""
+
+import torch
+
+from cria_dist.models import checkpoint
+from cria_dist.models.mlp import MlpFamily, ModelDict
+from cria_dist.models.sizes import sizes_of
+
+
+def macs_per_position(config: ModelDict, family: MlpFamily, length: int) -> int:
+    """Multiply-accumulates of one position of a sequence: all linear maps, the head too, and full T x T attention.
+
+    Args:
+        config: the model's config.json.
+        family: its adapter.
+        length: positions of the sequence; every position attends to all of them.
+    """
+    maps = (module for module in checkpoint.empty_model(config).modules() if isinstance(module, torch.nn.Linear))
+    sizes = sizes_of(config, family)
+    return sum(one.weight.numel() for one in maps) + 2 * len(sizes.layers) * length * sizes.heads * sizes.head_dim

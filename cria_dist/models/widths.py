@@ -1,0 +1,45 @@
+"""Layers of different widths in a stock class: its MLP maps get their sizes when the model is built."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from cria_dist.models.mlp import LAYER_WIDTHS, MlpFamily, ModelDict
+
+
+def resize_layers(model: PreTrainedModel, family: MlpFamily, config: ModelDict) -> None:
+    """Give every layer's MLP the width that the config says; a model whose layers are alike stays as it is.
+
+    Args:
+        model: a model just built, its weights without values yet.
+        family: its adapter.
+        config: its config.json.
+    """
+    if LAYER_WIDTHS not in config:
+        return
+    for site, width in family.widths(config).items():
+        modules = family.modules(site)
+        for name in modules.inputs.values():
+            _replace(model, name, out_features=width)
+        _replace(model, modules.output, in_features=width)
+
+
+def resizing_class(stock: type[PreTrainedModel], family: MlpFamily, config: ModelDict) -> type[PreTrainedModel]:
+    """A class that ``from_pretrained`` can fill: the stock one, its layers resized as soon as they are there."""
+
+    def build(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        stock.__init__(self, *args, **kwargs)
+        resize_layers(self, family, config)
+
+    return type(stock.__name__, (stock,), {"__init__": build, "__module__": stock.__module__})
+
+
+def _replace(model: PreTrainedModel, name: str, **size: int) -> None:
+    old = model.get_submodule(name)
+    if not isinstance(old, torch.nn.Linear):
+        raise TypeError(f"{name} of {type(model).__name__} is no linear map")
+    sizes = {"in_features": old.in_features, "out_features": old.out_features} | size
+    biased = "bias" in dict(old.named_parameters(recurse=False))
+    new = torch.nn.Linear(**sizes, bias=biased, device=old.weight.device, dtype=old.weight.dtype)
+    model.set_submodule(name, new)

@@ -1,0 +1,157 @@
+"""The global decision: the budget of a round spread over its sites, and never worse than spread evenly."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cria_dist import files
+from cria_dist.maths.allocation_curves import Curve, measured_widths, sensitivity_widths
+from cria_dist.maths.allocation_rooms import Room, even_widths
+from cria_dist.maths.allocation_scores import global_widths
+from cria_dist.pipeline.context import Context
+from cria_dist.records import Site
+from cria_dist.stages.budget import HELD_OUT, budget_of, held_out, rooms_of
+from cria_dist.stages.losses import LossTask, Probe, Trial, adopt, read_losses, trial
+from cria_dist.stages.sensitivity import CurveMeter, PlanMeter
+from cria_dist.store import places, site_scores
+
+if TYPE_CHECKING:
+    from cria_dist.pipeline.rounds import Model
+
+FACTS = "allocation.json"
+"""Beside ``plan.json``: what was compared on which text, and what was kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What the widths of a round are chosen from.
+
+    Attributes:
+        rooms: the widths each site may get.
+        left: what may stay of the budget.
+        task: how losses are measured.
+    """
+
+    rooms: Mapping[str, Room]
+    left: float
+    task: LossTask
+
+
+def settings(context: Context) -> list[object]:
+    """What a decision depends on beside scores and budget: nothing where the budget is spread evenly."""
+    job, prune = context.job, context.job.config.prune
+    if prune.allocation == "uniform":
+        return []
+    numerics = [job.numerics.dtype, job.numerics.matmul, job.config.evaluate.batch_sequences, HELD_OUT]
+    return [prune.model_dump(mode="json", include={"allocation", "floor", "protect", "ridge"}), numerics]
+
+
+def spread_widths(context: Context, folder: Path, model: "Model", analysis: str, index: int) -> dict[str, int]:
+    """Widths of a round's sites by ``prune.allocation``, or even ones if these do no worse; writes the facts.
+
+    Args:
+        context: the run.
+        folder: round folder, with scores and recording.
+        model: the model that is pruned.
+        analysis: digest of the scores.
+        index: number of the round.
+    """
+    chosen_by = context.job.config.prune.allocation
+    spread = _spread(context, folder, model, analysis, index)
+    even = even_widths(spread.rooms, spread.left)
+    if chosen_by == "global":
+        keep = {key: site_scores.read_scores(folder, Site.from_key(key)).keep_N for key in spread.rooms}
+        widths = global_widths(keep, spread.rooms, spread.left)
+    else:
+        widths = sensitivity_widths(_curves(context, spread), spread.rooms, spread.left)
+    candidates = {"uniform": even, chosen_by: widths}
+    losses = _losses(context, spread.task, [trial(name, widths) for name, widths in candidates.items()])
+    return candidates[_tell(context, spread, candidates, losses)]
+
+
+def _spread(context: Context, folder: Path, model: "Model", analysis: str, index: int) -> Spread:
+    job, prune = context.job, context.job.config.prune
+    dense = {site.key: width for site, width in job.widths.items()}
+    present = dense if model.plan is None else {key: len(model.plan.kept[key]) for key in dense}
+    budget = budget_of(job.config, job.family, job.model_config, job.dense_parameters)
+    seen, sequences = held_out(job.config)
+    batch = job.config.evaluate.batch_sequences
+    numerics = [job.numerics.dtype, job.numerics.matmul, batch]
+    task = LossTask(
+        model_dir=model.directory,
+        numerics=job.numerics,
+        tokens_path=job.calibration_path,
+        sequences=sequences,
+        batch_sequences=batch,
+        recording=places.recorded(folder),
+        shards=seen,
+        folder=folder,
+        repair=prune.repair,
+        ridge=prune.ridge,
+        digest=files.digest("losses", analysis, [prune.repair, prune.ridge, seen, *numerics]),
+    )
+    rooms = rooms_of(prune, budget, job.widths, present)
+    return Spread(rooms, budget.left(job.widths, prune, index), task)
+
+
+def _curves(context: Context, spread: Spread) -> dict[str, Curve]:
+    """The measured losses of every site that has room, and of the whole model."""
+    task = spread.task
+    probes = [Probe(Site.from_key(key), measured_widths(one)) for key, one in sorted(spread.rooms.items())]
+    probes = [probe for probe in probes if probe.widths]
+    missing = [probe for probe in probes if read_losses(task.folder, probe, task.digest) is None]
+    missing = [probe for probe in missing if not adopt(task, context.job.folder.parent, probe)]
+    context.map(("sensitivity", "sites"), functools.partial(CurveMeter, task), missing)
+    whole = _losses(context, task, [Trial("dense", ())])["dense"]
+    return {
+        probe.site.key: Curve(
+            np.array([*probe.widths, spread.rooms[probe.site.key].width], dtype=np.float64),
+            np.array([*_measured(task, probe), whole], dtype=np.float64),
+        )
+        for probe in probes
+    }
+
+
+def _losses(context: Context, task: LossTask, trials: list[Trial]) -> dict[str, float]:
+    """Held-out loss by name; what was measured before is read back."""
+    missing = [one for one in trials if read_losses(task.folder, one, task.digest) is None]
+    context.map(("compare allocations", "plans"), functools.partial(PlanMeter, task), missing)
+    return {one.name: _measured(task, one)[0] for one in trials}
+
+
+def _measured(task: LossTask, item: Probe | Trial) -> tuple[float, ...]:
+    losses = read_losses(task.folder, item, task.digest)
+    if losses is None:
+        raise RuntimeError(f"{item} was measured and is not there")
+    return losses
+
+
+def _tell(
+    context: Context, spread: Spread, candidates: Mapping[str, Mapping[str, int]], losses: Mapping[str, float]
+) -> str:
+    """Choose the better allocation, tell the user and write the facts; returns its name."""
+    kept = min(candidates, key=lambda name: losses[name])  # the first of equals
+    data, widths = context.job.config.data, candidates[kept].values()
+    scored = len(spread.task.sequences) * (data.sequence_length - 1)
+    found = ", ".join(f"{name} {losses[name]:.4f}" for name in candidates)
+    context.progress.note(f"allocation: {kept} widths kept; loss on {scored:,} held-out calibration tokens: {found}")
+    if len(set(widths)) > 1:
+        context.progress.note(
+            f"allocation: widths {min(widths)} to {max(widths)}; load the checkpoint with cria_dist.load_pruned, "
+            "stock from_pretrained refuses it"
+        )
+    rooms, measure = spread.rooms, context.job.config.prune.budget
+    spent = {name: sum(width * rooms[key].unit_cost for key, width in one.items()) for name, one in candidates.items()}
+    record = {
+        "kept": kept,
+        "losses": dict(losses),
+        "held_out_tokens": scored,
+        "budget": {"measure": measure, "left": spread.left, "spent": spent},
+        "widths": candidates,
+    }
+    files.write_json(spread.task.folder / FACTS, record)
+    return kept

@@ -1,0 +1,111 @@
+"""Distil: a recovery in which the pruned model also learns from the dense one's next-token distributions.
+
+Shapes: S sequences, T tokens, N predicted tokens (S * (T - 1)), C tokens of a chunk, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import PreTrainedModel
+
+from cria_dist.config import RecoverConfig
+from cria_dist.errors import ConfigError
+from cria_dist.models import checkpoint
+from cria_dist.stages import recover_loss
+from cria_dist.stages.recover_loss import Objective
+
+CHUNK_LOGITS = 2**22
+"""Logits of one model that exist at a time, 16 MiB in float32 whatever the vocabulary and the sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The dense model.
+
+    Attributes:
+        model_dir: its checkpoint.
+        dtype: data type it computes in; the student is trained in float32.
+    """
+
+    model_dir: Path
+    dtype: str
+
+
+def objective_of(config: RecoverConfig, teacher: Teacher | None, matmul: str) -> Objective:
+    """What a recipe minimises; where it distils, the teacher is loaded beside the student.
+
+    Raises:
+        ConfigError: the recipe distils and there is no teacher.
+    """
+    if not config.distill:
+        return recover_loss.cross_entropy
+    if teacher is None:
+        raise ConfigError(f"recover.distill={config.distill} needs the dense model and none was given; set it to 0")
+    model = checkpoint.load_model(teacher.model_dir, checkpoint.Numerics(teacher.dtype, matmul))
+    return Distillation(model, config.distill, config.temperature)
+
+
+class Distillation:
+    """``(1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)``, means over the tokens.
+
+    Neither model's logits ever exist as a whole: hidden states, [S, T, D], are turned into logits, loss and gradient a
+    chunk of tokens at a time. At the peak ten arrays [C, V] are alive, each of at most ``CHUNK_LOGITS`` numbers: 168 MB
+    for any sequence and vocabulary (without a teacher, three of [S, T, V] are).
+
+    Args:
+        teacher: the dense model; its parameters are frozen.
+        weight: of the divergence, 0 to 1.
+        temperature: both distributions are softened by it; its square keeps the gradients' size.
+
+    *Source:* Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531, section 2 (soft targets as a divergence,
+    which differs from their cross entropy by the teacher's entropy, a constant).
+    """
+
+    def __init__(self, teacher: PreTrainedModel, weight: float, temperature: float) -> None:
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._weight = weight
+        self._temperature = temperature
+
+    def __call__(self, student: PreTrainedModel, tokens_ST: torch.Tensor, share: float) -> float:
+        """Add the gradients of ``share`` times the loss; returns that share of the loss."""
+        tokens_ST = tokens_ST.to(student.device)
+        targets_N = tokens_ST[:, 1:].flatten()
+        hidden_ND, taught_ND = hidden_states(student, tokens_ST), hidden_states(self._teacher, tokens_ST)
+        size = max(1, CHUNK_LOGITS // student.config.vocab_size)
+        total, slopes_ND = torch.zeros((), device=student.device), torch.zeros_like(hidden_ND)
+        parts = (hidden_ND.detach(), slopes_ND, taught_ND, targets_N)
+        for hidden_CD, slope_CD, taught_CD, targets_C in zip(*(part.split(size) for part in parts), strict=True):
+            hidden_CD.requires_grad_().grad = slope_CD  # filled in place
+            loss = self._loss(logits(student, hidden_CD), logits(self._teacher, taught_CD), targets_C)
+            loss = loss * (share / len(targets_N))
+            loss.backward()  # as far as the hidden states, and into the head where it is trained
+            total += loss.detach()
+        hidden_ND.backward(slopes_ND)
+        return float(total)
+
+    def _loss(self, student_CV: torch.Tensor, teacher_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        """Sum over the tokens of a chunk."""
+        exact = cross_entropy(student_CV, targets_C, reduction="sum")
+        soft = divergence(student_CV, teacher_CV, self._temperature)
+        return (1 - self._weight) * exact + self._weight * self._temperature**2 * soft
+
+
+def divergence(student_CV: torch.Tensor, teacher_CV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """KL(teacher || student) of the distributions of logits over a temperature, summed over the tokens, in nats."""
+    student_CV, teacher_CV = student_CV / temperature, teacher_CV / temperature
+    return kl_div(student_CV.log_softmax(-1), teacher_CV.log_softmax(-1), reduction="sum", log_target=True)
+
+
+def hidden_states(model: PreTrainedModel, tokens_ST: torch.Tensor) -> torch.Tensor:
+    """What the head reads to predict every token but the first, [N, D]."""
+    return model.base_model(input_ids=tokens_ST[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def logits(model: PreTrainedModel, hidden_CD: torch.Tensor) -> torch.Tensor:
+    """The head as the stock class applies it, float32 [C, V]; Gemma squashes its logits."""
+    head = model.get_output_embeddings()
+    found_CV = head(hidden_CD).float()  # pyright: ignore[reportOptionalCall]  (a causal language model has one)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return found_CV if cap is None else cap * torch.tanh(found_CV / cap)
