@@ -10,13 +10,16 @@ from safetensors.torch import load_file, save_file
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 
-COPIED = 0.05
-"""Share of the neurons of every layer that get a copy."""
 SEED = 0
 
 
-def widen(dense: Path, target: Path) -> float:
+def widen(dense: Path, target: Path, copies: int) -> float:
     """Write a checkpoint that computes the same with random neurons doubled and their output weights halved.
+
+    Args:
+        dense: a checkpoint whose layers have the same width.
+        target: folder to write.
+        copies: neurons of every layer that get a copy.
 
     Returns:
         The share of the wider layers that the copies are.
@@ -27,7 +30,6 @@ def widen(dense: Path, target: Path) -> float:
         name: tensor for file in checkpoint.weight_files(dense) for name, tensor in load_file(dense / file).items()
     }
     widths = family.widths(config)
-    copies = round(COPIED * min(widths.values()) / 8) * 8
     for site, width in widths.items():
         chosen = torch.from_numpy(np.sort(rng.choice(width, copies, replace=False)))
         order = torch.from_numpy(rng.permutation(width + copies))  # a copy must not be known by its place

@@ -33,6 +33,8 @@ RECOVER = (
     "recover.distill=0.5",
 )
 FEW_STEPS = ("recover.steps=4",)
+DOUBLED = 80
+"""Neurons of every layer that get a copy, of 1536."""
 COPIES = ("name=copies", "data.calibration_sequences=64", "data.test_sequences=16", "prune.multiple=1")
 
 
@@ -74,7 +76,7 @@ def _figures(percent: str, lost: Mapping[str, float]) -> dict[str, float]:
 def _without_copies(common: list[str]) -> Mapping[str, float]:
     """As many neurons go as were doubled: what is lost, by method."""
     folder = ROOT / "with-copies"
-    share = copies.widen(checkpoint.locate(load(CONFIG).model.path, None), folder)
+    share = copies.widen(checkpoint.locate(load(CONFIG).model.path, None), folder, DOUBLED)
     return _over_dense(_report([*common, *COPIES, f"model.path={folder}", f"prune.ratio={share!r}"]))
 
 

@@ -1,5 +1,6 @@
 """What every method promises; a new method is a new row."""
 
+import itertools
 import pickle
 from dataclasses import replace
 from typing import get_args
@@ -23,6 +24,8 @@ from cria_dist.methods import (
     Taylor,
     Wanda,
 )
+from cria_dist.records import Scores, Site
+from cria_dist.stages.decide import select
 
 METHODS = [
     Cria(),
@@ -158,3 +161,12 @@ def test_is_frozen_and_knows_no_other_fields(method):
 def test_an_unknown_method_is_a_validation_error():
     with pytest.raises(ValidationError, match="magnitude"):
         ADAPTER.validate_python({"name": "best"})
+
+
+@every_method
+def test_a_larger_budget_takes_what_a_smaller_one_took(method, make_statistics):
+    verdict = method.score(make_statistics(dead=(5,)))
+    scores = Scores(Site(0), verdict.keep_N, np.ones(64, dtype=np.int64), verdict.edges_E2)
+    kept = [set(select(scores, width)) for width in (63, 56, 48, 40)]
+    assert [len(one) for one in kept] == [63, 56, 48, 40]
+    assert all(smaller < larger for larger, smaller in itertools.pairwise(kept))
