@@ -41,7 +41,6 @@ def test_removing_as_many_as_were_doubled(
     method: str,
     is_free: bool,
     doubled: Path,
-    pico: Path,
     run_config: Callable[..., RunConfig],
     make_context: Callable[..., Any],
     tmp_path: Path,
@@ -55,6 +54,6 @@ def test_removing_as_many_as_were_doubled(
     )
     context = make_context(config, until="apply")
     prune(context, "python -m pytest", until="apply")
-    dense = logits(pico)
+    dense = logits(doubled)
     error = float(np.abs(logits(context.job.folder / "pruned") - dense).max() / np.abs(dense).max())
     assert (error < 1e-4) is is_free, error

@@ -17,7 +17,7 @@ from cria_dist.models.sparse import read_sparse
 from cria_dist.pipeline import Context, prune
 from cria_dist.records import PruningPlan
 from cria_dist.report.writer import report_from_json
-from cria_dist.stages.redraw import redraw
+from cria_dist.stages.redraw import site_evidence
 from cria_dist.stages.sparsify import sparse_names
 
 RunConfigMaker = Callable[..., RunConfig]
@@ -36,64 +36,75 @@ def zeros(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensors[name] == 0 for name in sorted(sparse_names(directory))}
 
 
-def test_a_whole_run(run_config: RunConfigMaker, make_context: MakeContext, pico: Path, tmp_path: Path) -> None:
-    recovery = {"steps": 2}
+@pytest.fixture(scope="session")
+def finished(run_config: RunConfigMaker, make_context: MakeContext, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a whole run at half of the weights, with two steps of recovery; not to be written to."""
     compare = [{**SP, "truncate": 1}, {"name": "random"}, {"name": "block_influence"}]
-    config = run_config(tmp_path, method=SP, prune={"ratio": 0.5}, compare=compare, recover=recovery)
+    root = tmp_path_factory.mktemp("weights")
+    config = run_config(root, method=SP, prune={"ratio": 0.5}, compare=compare, recover={"steps": 2})
     context = make_context(config)
     prune(context, "python -m pytest")
     context.progress.close("done")
-    folder = context.job.folder
-    plan, report = plan_of(folder / "pruned"), report_from_json(folder / "report.json")
+    return context.job.folder
 
-    assert [(one.label, one.repair) for one in report.variants] == [
-        ("dense", "none"),
-        ("pruned", "none"),
-        ("recovered", "none"),
-    ]
+
+def test_what_is_measured_of_a_whole_run(finished: Path) -> None:
+    report = report_from_json(finished / "report.json")
+    plain = ["dense", "pruned", "recovered"]  # there is nothing to repair
+    assert [(one.label, one.repair) for one in report.variants] == [(label, "none") for label in plain]
     assert [(one.label, one.repair) for one in report.comparison] == [
         ("spectrum_preserving, truncate=1", "none"),
         ("random", "none"),
         ("random", "least_squares"),
         ("block_influence", "none"),
     ]
-    dense, pruned, recovered = report.variants
-    assert len({dense.perplexity, pruned.perplexity, recovered.perplexity, report.comparison[0].perplexity}) == 4
-    assert dense.parameters == pruned.parameters == recovered.parameters == plan.parameters[0]
+    assert len({one.perplexity for one in (*report.variants, report.comparison[0])}) == 4
+    plan = plan_of(finished / "pruned")
+    assert {one.parameters for one in report.variants} == {plan.parameters[0]}
+    assert report.effective_parameter_reduction == plan.ratio
 
-    masks = zeros(folder / "pruned")
+
+def test_zeros_are_as_many_as_asked_for_and_survive_the_recovery(finished: Path, pico: Path) -> None:
+    plan, masks = plan_of(finished / "pruned"), zeros(finished / "pruned")
     assert sum(int(mask.sum()) for mask in masks.values()) == WEIGHTS // 2 == plan.parameters[0] - plan.parameters[1]
-    assert plan.ratio == WEIGHTS / 2 / plan.parameters[0] == report.effective_parameter_reduction
+    assert plan.ratio == WEIGHTS / 2 / plan.parameters[0]
     assert all(kept == tuple(range(48)) for kept in plan.kept.values())
     assert not any(bool(mask.any()) for mask in zeros(pico).values())
-    after = zeros(folder / "recovered")
-    assert all(after[name].equal(mask) for name, mask in masks.items())  # recovery leaves the zeros alone
-    old, new = load_file(pico / checkpoint.WEIGHTS), load_file(folder / "pruned" / checkpoint.WEIGHTS)
-    assert all(new[name].equal(old[name]) for name in old.keys() - masks.keys())
-    stock = AutoModelForCausalLM.from_pretrained(folder / "pruned")
-    assert all(stock.state_dict()[name].eq(0).equal(mask) for name, mask in masks.items())
+    after = zeros(finished / "recovered")
+    assert all(after[name].equal(mask) for name, mask in masks.items())
 
-    assert {name for name, finding in report.loaders.items() if "logits equal" in finding} == {
-        "transformers, pruned",
-        "transformers, recovered",
-    }
-    assert {name for name in report.loaders if name.startswith("sparse copy")} == {
-        "sparse copy, pruned",
-        "sparse copy, recovered",
-    }
-    for name in ("pruned", "recovered"):
-        expanded = read_sparse(folder / "compressed" / name / "model.sparse.safetensors")
-        original = load_file(folder / name / checkpoint.WEIGHTS)
-        assert expanded.keys() == original.keys()
-        assert all(expanded[key].equal(original[key]) for key in original)
-        sizes = json.loads((folder / "compressed" / name / "sparse.json").read_text())
-        assert sizes["dense_bytes"] - sizes["bytes"] > 0.9 * WEIGHTS * (4 / 2 - 1 / 8)
-    page = (folder / "report.html").read_text(encoding="utf-8")
+
+def test_stock_transformers_loads_it_and_only_the_maps_changed(finished: Path, pico: Path) -> None:
+    masks = zeros(finished / "pruned")
+    old, new = load_file(pico / checkpoint.WEIGHTS), load_file(finished / "pruned" / checkpoint.WEIGHTS)
+    assert all(new[name].equal(old[name]) for name in old.keys() - masks.keys())
+    stock = AutoModelForCausalLM.from_pretrained(finished / "pruned")
+    assert all(stock.state_dict()[name].eq(0).equal(mask) for name, mask in masks.items())
+    loaders = report_from_json(finished / "report.json").loaders
+    equal = {name for name, finding in loaders.items() if "logits equal" in finding}
+    assert equal == {"transformers, pruned", "transformers, recovered"}
+    assert set(loaders) - equal == {"sparse copy, pruned", "sparse copy, recovered"}
+
+
+@pytest.mark.parametrize("name", ["pruned", "recovered"])
+def test_the_compressed_copy_is_smaller_and_expands_to_the_same(finished: Path, name: str) -> None:
+    expanded = read_sparse(finished / "compressed" / name / "model.sparse.safetensors")
+    original = load_file(finished / name / checkpoint.WEIGHTS)
+    assert expanded.keys() == original.keys()
+    assert all(expanded[key].equal(original[key]) for key in original)
+    sizes = json.loads((finished / "compressed" / name / "sparse.json").read_text())
+    assert sizes["dense_bytes"] - sizes["bytes"] > 0.9 * WEIGHTS * (4 / 2 - 1 / 8)
+
+
+def test_the_report_speaks_of_zeros(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
     assert "spectral error" in page
-    assert "% of the 25,120 parameters to zero" in page
+    assert "of the 25,120 parameters to zero" in page
+    report = report_from_json(finished / "report.json")
     assert any(sentence.startswith("Single weights") for sentence in report.protocol)
-    assert {path.stem for path in (folder / "plots").iterdir()} == {"perplexity", "loss", "stages"}
-    assert redraw(folder).is_file()
+    assert {path.stem for path in (finished / "plots").iterdir()} == {"perplexity", "loss", "stages"}
+    evidence = site_evidence(finished / "round-00", plan_of(finished / "pruned"))
+    assert [one.scores.facts["sparsity"] for one in evidence] == [0.5, 0.5]
 
 
 def test_a_run_is_resumed_without_work_and_a_lost_mask_is_made_again(

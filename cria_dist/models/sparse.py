@@ -37,7 +37,7 @@ def write_sparse(source: Path, target: Path, names: Collection[str]) -> None:
             tensors[name + VALUES] = tensor[there]
             tensors[name + PLACES] = torch.from_numpy(np.packbits(there.numpy()))
             shapes[name] = list(tensor.shape)
-    metadata = {"format": "pt", "sparse": json.dumps(shapes, sort_keys=True)}
+    metadata = {"sparse": json.dumps(shapes, sort_keys=True)}  # one entry: of several, the order would be by chance
     write_with(target, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 

@@ -35,7 +35,8 @@ def bytes_of_run(
     around_layers = (len(widths) + 1) * int(model_config["hidden_size"]) * config.records_hidden
     numbers = sum(widths) * family.signals() + around_layers
     masked = sum(method.unit == "weight" for method in (config.method, *config.compare))
-    sparse = masked + (rounds + recovers) * (config.method.unit == "weight")  # at most: no copy is larger than the model
+    # masked maps and sparse copies, at most as large as the model
+    sparse = masked + (rounds + recovers) * (config.method.unit == "weight")
     return {
         "inputs": 4 * sequences * math.prod(family.input_shape(model_config, length)),
         "signals": rounds * config.record.tokens * numbers * itemsize(signal_dtype(config)),

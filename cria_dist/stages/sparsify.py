@@ -3,7 +3,6 @@
 Shapes: O outputs, I inputs of a linear map, N neurons.
 """
 
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,8 +83,7 @@ class Sparsifier:
         facts, share_N = _of_site(measured), np.divide(left_N, all_N, out=np.zeros(width), where=all_N > 0)
         cost_N = np.full(width, self._family.unit_cost(self._config), dtype=np.int64)
         write_scores(task.folder, Scores(site, share_N, cost_N, facts=facts), task.digest)
-        metadata = {"digest": task.digest, "facts": json.dumps(facts, sort_keys=True)}
-        write_bytes(task.folder / MASKS / f"{site.key}.safetensors", save(sparse, metadata=metadata))
+        write_bytes(task.folder / MASKS / f"{site.key}.safetensors", save(sparse, metadata={"digest": task.digest}))
         return site.key
 
     def _sparsify(self, name: str, stored_OI: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:

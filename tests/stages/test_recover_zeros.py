@@ -15,7 +15,7 @@ from cria_dist.stages.recover import Place, RecoverTask
 from cria_dist.stages.sparsify import sparse_names
 
 CONFIG = RecoverConfig(
-    steps=4, workers=1, batch_sequences=4, sequence_length=16, learning_rate=2e-3, checkpoint_every=2
+    steps=4, workers=1, batch_sequences=4, sequence_length=16, learning_rate=2e-3, checkpoint_every=2, distill=0
 )
 
 
