@@ -113,15 +113,15 @@ class PruneConfig(Section):
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share to remove; see ``budget`` for the share of what."""
     budget: Literal["units", "parameters", "macs"] = "units"
-    """``units``: share of the neurons of every site, or of the layers where whole layers go. ``parameters``: share of
-    all parameters of the dense model. ``macs``: share of all multiplications of one sequence (linear maps, head and
-    full T x T attention)."""
+    """``units``: share of the neurons of every site, of the layers where whole layers go, or of the weights of every
+    MLP map where single weights become zero. ``parameters``: share of all parameters of the dense model. ``macs``:
+    share of all multiplications of one sequence (linear maps, head and full T x T attention)."""
     multiple: Annotated[int, Field(ge=1)] = 8
     """Widths are rounded down to a multiple of this (8 suits most kernels, 1 hits the ratio most closely)."""
     rounds: Annotated[int, Field(ge=1, le=64)] = 1
     """Record, analyse, decide, apply are repeated this often, each round with fresh scores on the smaller model."""
     repair: Repair = "least_squares"
-    """What the surviving output weights do for the removed units; nothing where whole layers go."""
+    """What the surviving output weights do for the removed units; nothing where layers or single weights go."""
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix)."""
     allocation: Allocation = "uniform"

@@ -25,8 +25,10 @@ class SpectrumPreserving(WeightMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2307.08982"
 
     name: Literal["spectrum_preserving"] = "spectrum_preserving"
-    truncate: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the zeros that are the smallest weights; the others fall by chance. 1 is pruning by magnitude."""
+    truncate: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the zeros that are the smallest weights; the others fall by chance. 1 is pruning by magnitude. On a
+    TinyStories model of 260 k parameters without training, perplexity over dense at 30 and 50 % is 1.16 and 2.53 for 1,
+    1.16 and 2.63 for 0.9, 1.20 and 3.58 for 0.5 (mean of three seeds)."""
     rescale: bool = False
     """Weights that stay by chance are divided by its probability, up to 4 times; the map is then right on average, but
     moves further."""
@@ -34,7 +36,7 @@ class SpectrumPreserving(WeightMethod):
     @property
     def title(self) -> str:
         """Name shown in tables."""
-        share = "" if self.truncate == 0.5 else f", truncate={self.truncate:g}"
+        share = "" if self.truncate == 0.9 else f", truncate={self.truncate:g}"
         return f"{self.name}{share}{', rescaled' if self.rescale else ''}"
 
     def sparsify(self, weight_OI: Float64, zeros: int, seed: int) -> Float64:

@@ -17,7 +17,7 @@ def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def test_inclusion_probabilities_by_hand():
+def test_inclusion_probabilities_by_hand() -> None:
     """4 is certain, the rest share one place: c = 1 / (4 + 1 + 1)."""
     weight_E = np.array([1.0, -4.0, 2.0, 0.0, -1.0])
     np.testing.assert_allclose(inclusion_probabilities(weight_E, 2), [1 / 6, 1, 4 / 6, 0, 1 / 6], rtol=1e-14)
@@ -26,7 +26,7 @@ def test_inclusion_probabilities_by_hand():
     np.testing.assert_array_equal(inclusion_probabilities(weight_E, 5), [1, 1, 1, 0, 1])
 
 
-def test_a_matrix_by_hand():
+def test_a_matrix_by_hand() -> None:
     """Of two zeros one is the smallest entry; 4 stays, and 2 stays with 4 / 5 or one of the 1s with 1 / 5."""
     weight_OI = np.array([[1.0, -4.0], [2.0, -1.0]])
     found = [sparsified(weight_OI, 2, Sparsification(0.5, rescale=True), seed) for seed in range(60)]
@@ -38,7 +38,7 @@ def test_a_matrix_by_hand():
 
 @settings
 @pytest.mark.parametrize("zeros", [0, 1, 7, 500, 1500, 1999])
-def test_the_number_of_zeros_is_exact_and_the_seed_decides(how, zeros):
+def test_the_number_of_zeros_is_exact_and_the_seed_decides(how: Sparsification, zeros: int) -> None:
     weight_OI = gaussian(40, 50)
     found = sparsified(weight_OI, zeros, how, 3)
     assert np.count_nonzero(found == 0) == zeros
@@ -49,7 +49,7 @@ def test_the_number_of_zeros_is_exact_and_the_seed_decides(how, zeros):
 
 @settings
 @pytest.mark.parametrize("zeros", [300, 1000, 1800])
-def test_the_largest_entries_stay_as_they_are(how, zeros):
+def test_the_largest_entries_stay_as_they_are(how: Sparsification, zeros: int) -> None:
     weight_OI = np.random.default_rng(1).standard_t(3, size=(40, 50))
     certain = inclusion_probabilities(weight_OI.ravel(), weight_OI.size - zeros).reshape(40, 50) == 1
     assert certain.sum() > 10
@@ -59,7 +59,7 @@ def test_the_largest_entries_stay_as_they_are(how, zeros):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_probabilities_add_up_and_are_met(seed):
+def test_probabilities_add_up_and_are_met(seed: int) -> None:
     weight_E = gaussian(300, seed=seed)
     probability_E = inclusion_probabilities(weight_E, 120)
     assert probability_E.sum() == pytest.approx(120, abs=1e-9)
@@ -78,13 +78,13 @@ def test_probabilities_add_up_and_are_met(seed):
 
 
 @pytest.mark.parametrize("scale", [1e-180, 1.0, 1e180])
-def test_scale_makes_no_difference(scale):
+def test_scale_makes_no_difference(scale: float) -> None:
     weight_OI = gaussian(20, 30)
     places = sparsified(scale * weight_OI, 300, Sparsification(0.5), 0) != 0
     np.testing.assert_array_equal(places, sparsified(weight_OI, 300, Sparsification(0.5), 0) != 0)
 
 
-def test_equal_entries_and_entries_that_are_zero_already():
+def test_equal_entries_and_entries_that_are_zero_already() -> None:
     for how in (CHANCE, Sparsification(0.5), MAGNITUDE):
         assert np.count_nonzero(sparsified(np.ones((9, 9)), 40, how, 0)) == 41
         many = np.zeros((9, 9))
@@ -92,7 +92,7 @@ def test_equal_entries_and_entries_that_are_zero_already():
         np.testing.assert_array_equal(sparsified(many, 40, how, 0), many)
 
 
-def test_more_zeros_hardly_bring_an_entry_back():
+def test_more_zeros_hardly_bring_an_entry_back() -> None:
     weight_OI = gaussian(100, 100)
     for how, least in ((MAGNITUDE, 1.0), (Sparsification(0.5), 0.97), (CHANCE, 0.97)):
         few, more = (sparsified(weight_OI, zeros, how, 0) == 0 for zeros in (3000, 5000))
@@ -100,19 +100,19 @@ def test_more_zeros_hardly_bring_an_entry_back():
 
 
 @pytest.mark.parametrize("zeros", [-1, 6, 7])
-def test_what_leaves_nothing_is_an_error(zeros):
+def test_what_leaves_nothing_is_an_error(zeros: int) -> None:
     with pytest.raises(NumericError, match="of 6 entries cannot"):
         sparsified(np.ones((2, 3)), zeros, MAGNITUDE, 0)
 
 
-def test_weights_that_are_not_finite_or_all_zero_are_errors():
+def test_weights_that_are_not_finite_or_all_zero_are_errors() -> None:
     with pytest.raises(NumericError, match="not finite"):
         sparsified(np.array([[1.0, np.inf]]), 1, MAGNITUDE, 0)
     with pytest.raises(NumericError, match="spectrum"):
         spectral_errors(np.zeros((3, 4)), np.zeros((3, 4)))
 
 
-def test_spectral_errors_by_hand_and_for_large_matrices(monkeypatch):
+def test_spectral_errors_by_hand_and_for_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OI = np.diag([4.0, 3.0, 0.0])[:, :2]
     assert spectral_errors(weight_OI, np.diag([4.0, 0.0, 0.0])[:, :2]) == pytest.approx((0.75, 0.6))
     weight_OI = gaussian(60, 90)
@@ -133,8 +133,13 @@ def test_spectral_errors_by_hand_and_for_large_matrices(monkeypatch):
     ],
 )
 def test_errors_of_random_matrices_at_the_size_of_a_layer(
-    kind, density, magnitude, chance, truncated_and_rescaled, monkeypatch
-):
+    kind: str,
+    density: float,
+    magnitude: tuple[float, float],
+    chance: tuple[float, float],
+    truncated_and_rescaled: tuple[float, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Values found with an independent implementation (sampled one by one, no cap): size alone is best."""
     rng = np.random.default_rng(0)
     weight_OI = rng.normal(size=(512, 784)) if kind == "gaussian" else rng.standard_t(3, size=(512, 784))

@@ -1,5 +1,6 @@
 """Weights that are zero stay zero through training, also when it is resumed; the others learn."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ CONFIG = RecoverConfig(
 
 
 @pytest.fixture
-def task(make_model, text_file: Path, tmp_path: Path) -> RecoverTask:
+def task(make_model: Callable[..., Path], text_file: Path, tmp_path: Path) -> RecoverTask:
     model = make_model(tmp_path / "model")
     tensors = load_file(model / checkpoint.WEIGHTS)
     for name in sparse_names(model):
@@ -55,7 +56,7 @@ def test_without_being_held_they_do_not(task: RecoverTask) -> None:
 
 
 def test_a_resumed_recovery_holds_them_too(task: RecoverTask, tmp_path: Path) -> None:
-    def save(step: int, write) -> None:
+    def save(step: int, write: Callable[[Path], None]) -> None:
         (tmp_path / "state").mkdir(exist_ok=True)
         write(tmp_path / "state")
 

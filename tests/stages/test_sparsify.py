@@ -20,8 +20,8 @@ from cria_dist.store.site_scores import read_scores
 MakeModel = Callable[..., Path]
 
 
-def task_of(model_dir: Path, folder: Path, **settings: float) -> SparsifyTask:
-    return SparsifyTask(model_dir, SpectrumPreserving(**settings), 0.4, folder, "digest", 0)
+def task_of(model_dir: Path, folder: Path, truncate: float = 0.5) -> SparsifyTask:
+    return SparsifyTask(model_dir, SpectrumPreserving(truncate=truncate), 0.4, folder, "digest", 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
