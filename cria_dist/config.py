@@ -162,7 +162,7 @@ class RecoverConfig(Section):
     steps: Annotated[int, Field(ge=0)] = 100
     """Optimiser steps; 0 switches recovery off."""
     workers: Annotated[int, Field(ge=1)] = 2
-    """Data-parallel workers."""
+    """Data-parallel workers, of the methods that learn gates too."""
     batch_sequences: Annotated[int, Field(ge=1)] = 8
     """Sequences per optimiser step, over all workers; must be a multiple of ``workers``."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
@@ -257,6 +257,12 @@ class RunConfig(Section):
     def records_hidden(self) -> bool:
         """Whether a method of this run reads the hidden states around the layers."""
         return any("hidden" in method.needs for method in (self.method, *self.compare))
+
+    @property
+    def training_workers(self) -> int:
+        """Data-parallel workers this run needs: for its recovery, and for methods that learn gates; else none."""
+        learns = any("gates" in method.needs for method in (self.method, *self.compare))
+        return self.recover.workers if self.recover.steps or learns else 0
 
     def result_part(self) -> dict[str, Any]:
         """Everything that can change a result, as plain data: all but ``run`` and where and how is recorded."""

@@ -211,3 +211,16 @@ def test_every_field_is_documented() -> None:
             elif not field.description and prefix:
                 undocumented.append(prefix + name)
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "workers"),
+    [
+        (["recover.steps=0"], 0),
+        (["recover.steps=1"], 3),
+        (["recover.steps=0", "method={name='receding'}"], 3),
+        (["recover.steps=0", "compare=[{name='eigenvalue'}]"], 3),
+    ],
+)
+def test_training_workers_are_those_of_recovery_and_learning(overrides: list[str], workers: int, toml: Path) -> None:
+    assert load(toml, ["recover.workers=3", "recover.batch_sequences=6", *overrides]).training_workers == workers

@@ -63,7 +63,7 @@ def _provide_token() -> None:
 
 def _start_private(config: RunConfig) -> None:
     _provide_token()
-    cpus = max(os.cpu_count() or 1, config.run.workers, config.recover.workers if config.recover.steps else 1)
+    cpus = max(os.cpu_count() or 1, config.run.workers, config.training_workers)
     ray.init(
         address="local",
         num_cpus=cpus,
