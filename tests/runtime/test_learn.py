@@ -13,6 +13,7 @@ from cria_dist.errors import WorkerError
 from cria_dist.methods import Receding
 from cria_dist.models import checkpoint
 from cria_dist.records import Site
+from cria_dist.runtime import train
 from cria_dist.runtime.launch import train_here
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages.learn import LearnTask
@@ -41,7 +42,10 @@ def test_two_workers_equal_one(task: LearnTask, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failure_names_the_stage(task: LearnTask, pico: Path, tmp_path: Path) -> None:
+def test_a_failure_names_the_stage(
+    task: LearnTask, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "MAX_WORKER_FAILURES", 0)  # each of Ray Train's attempts takes most of a minute
     spoilt = shutil.copytree(pico, tmp_path / "spoilt")
     tensors = load_file(pico / checkpoint.WEIGHTS)
     tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
