@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cria_dist import config as configuration
+from cria_dist import config_file
 from cria_dist.errors import ConfigError, CriaError, DataError, PlanError
 from cria_dist.records import Stage
 
@@ -74,7 +74,7 @@ def _console() -> Console:
 
 
 def _run(path: str, overrides: Sequence[str], until: Verb) -> None:
-    settings = configuration.load(path, overrides)
+    settings = config_file.load(path, overrides)
     from cria_dist.runtime import launch  # ray, torch and transformers: seconds that --help and typos need not pay
 
     console = _console()
@@ -100,7 +100,7 @@ def estimate(config: ConfigPath, overrides: Overrides = None, probe: Probe = Fal
     """What a run will take, from the configuration and the model's shapes; nothing is started."""
 
     def action() -> None:
-        settings = configuration.load(config, overrides or [])
+        settings = config_file.load(config, overrides or [])
         from cria_dist.stages.estimate import estimate as estimate_run  # transformers; see _run
 
         table = Table("quantity", "value")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cria_dist.config import RunConfig, parse
+from cria_dist.config import RunConfig
+from cria_dist.config_file import parse
 from cria_dist.pool import LocalPool, Pool
 from cria_dist.records import Stage
 from cria_dist.report.progress import Progress

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cria_dist.config import RunConfig, load, parse
+from cria_dist.config import RunConfig
+from cria_dist.config_file import load, parse
 from cria_dist.errors import ConfigError
 from cria_dist.methods import Cria, Magnitude
 

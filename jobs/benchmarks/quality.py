@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cria_dist.config import load
+from cria_dist.config_file import load
 from cria_dist.models import checkpoint
 from cria_dist.records import Evaluation, Report
 from cria_dist.report.writer import report_from_json

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cria_dist.config import parse
+from cria_dist.config_file import parse
 from cria_dist.models.blocks import partition
 from cria_dist.runtime.pool import RayPool
 from cria_dist.runtime.session import ray_session

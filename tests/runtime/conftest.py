@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cria_dist.config import parse
+from cria_dist.config_file import parse
 from cria_dist.runtime.session import ray_session
 
 

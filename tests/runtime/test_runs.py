@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cria_dist.config import parse
+from cria_dist.config_file import parse
 from cria_dist.pipeline import Context, prune
 from cria_dist.report.progress import Progress
 from cria_dist.report.writer import report_from_json

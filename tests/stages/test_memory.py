@@ -34,7 +34,7 @@ import io, json, sys
 from pathlib import Path
 import torch
 from rich.console import Console
-from cria_dist.config import parse
+from cria_dist.config_file import parse
 from cria_dist.pipeline import Context, prune
 from cria_dist.pool import LocalPool
 from cria_dist.report.progress import Progress

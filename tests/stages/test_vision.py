@@ -15,7 +15,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from cria_dist import files
-from cria_dist.config import RunConfig, parse
+from cria_dist.config import RunConfig
+from cria_dist.config_file import parse
 from cria_dist.errors import ConfigError, CriaError, DataError
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import partition
