@@ -5,8 +5,7 @@ import json
 import os
 import random
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,16 +31,9 @@ STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
 def pytest_configure() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The demonstrator of a local pool takes all threads of this process; sums would be added in another order."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-    yield
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+    # as in Ray workers; set here and not by a fixture: those of the session, which compute runs, come before it
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    os.environ["MKL_CBWR"] = "AUTO,STRICT"
 
 
 def save_tokenizer(folder: Path) -> None:
