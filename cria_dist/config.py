@@ -1,6 +1,7 @@
 """Configuration of a run: a typed, frozen tree; unknown keys are errors; stored beside the result."""
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -11,6 +12,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 Repair = Literal["none", "bias", "least_squares"]
 Allocation = Literal["uniform", "global", "sensitivity"]
+Unit = Literal["mlp", "attention", "layer"]
 RecordDtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -39,14 +41,17 @@ class CorpusConfig(Section):
     """One source of text, of conversations or of images."""
 
     source: str = "builtin:pydoc"
-    """A local ``.txt``, ``.jsonl`` or ``.parquet`` file, a hub data set name, a local folder of images or of a data
-    set, or ``builtin:pydoc``."""
+    """A local ``.txt``, ``.tsv``, ``.jsonl`` or ``.parquet`` file, a hub data set name, a local folder of images or of a
+    data set, or ``builtin:pydoc``."""
     format: Literal["text", "chat", "images"] = "text"
     """``chat``: the field holds lists of messages (``role`` and ``content``, or ShareGPT's ``from`` and ``value``), and
     the tokenizer's chat template turns them into text. ``images``: the field holds images as ``datasets`` stores them,
-    for vision models (of which only ``data.calibration`` is read)."""
+    for vision models."""
     field: str = "text"
-    """Column of JSONL, Parquet and hub rows that holds the text, the messages or the images (``image``)."""
+    """Column of TSV, JSONL, Parquet and hub rows that holds the text, the messages or the images (``image``)."""
+    label: str | None = None
+    """Column that holds the label of a classifier's example: a number, or a name that its ``config.json`` knows.
+    Recovery, evaluation and gradients of a classifier need labels; what comes before is recorded without."""
     split: str = "train"
     """Split of a hub data set."""
     subset: str | None = None
@@ -58,20 +63,31 @@ class CorpusConfig(Section):
 
 
 class DataConfig(Section):
-    """Calibration and test text, cut into sequences of equal length; for a vision model, an image is a sequence."""
+    """Calibration and test text, cut into sequences of equal length; a classifier's example is a sequence."""
 
     calibration: CorpusConfig = CorpusConfig(part="first")
-    """Text (or images) the neurons are observed on and the recovery trains on."""
+    """Text (or examples) the neurons are observed on and the recovery trains on."""
     test: CorpusConfig = CorpusConfig(part="second")
-    """Text the perplexity is measured on."""
+    """Text the perplexity is measured on, or labelled examples for the accuracy."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens per sequence of text."""
+    """Tokens per sequence of text; the most that a sentence classifier gets of an example."""
     calibration_sequences: Annotated[int, Field(ge=1)] = 48
-    """Sequences or images recorded."""
+    """Sequences or examples recorded."""
     test_sequences: Annotated[int, Field(ge=1)] = 16
     """Sequences scored."""
     max_overlap: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Largest share of 64-token calibration windows that may occur in the test text."""
+    """Largest share of 64-token calibration windows that may occur in the test text, or of a classifier's calibration
+    examples that may be among its test examples."""
+
+    @property
+    def labelled(self) -> bool:
+        """Whether both corpora name labels."""
+        return self.calibration.label is not None and self.test.label is not None
+
+    def content_part(self) -> dict[str, Any]:
+        """What a result depends on: labels only where there are some."""
+        plain = {name for name in ("calibration", "test") if getattr(self, name).label is None}
+        return self.model_dump(mode="json", exclude={name: {"label"} for name in plain})
 
 
 class RecordConfig(Section):
@@ -104,12 +120,16 @@ class PruneConfig(Section):
 
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share to remove; see ``budget`` for the share of what."""
-    budget: Literal["units", "parameters", "macs"] = "units"
+    units: tuple[Unit, ...] = ("mlp",)
+    """What goes: MLP neurons, ``attention`` heads (KV groups: heads of keys and values with all query heads that read
+    them), and whole layers beside them (``layer``, by ``sensitivity``). Several share one budget."""
+    budget: Literal["units", "parameters", "macs", "kv_cache"] = "units"
     """``units``: share of the neurons of every site, of the layers where whole layers go, or of the weights of every
     MLP map where single weights become zero. ``parameters``: share of all parameters of the dense model. ``macs``:
-    share of all multiplications of one sequence (linear maps, head and full T x T attention)."""
+    share of all multiplications of one sequence (linear maps, head and full T x T attention). ``kv_cache``: share of
+    the keys and values kept of a token."""
     multiple: Annotated[int, Field(ge=1)] = 8
-    """Widths are rounded down to a multiple of this (8 suits most kernels, 1 hits the ratio most closely)."""
+    """Widths of MLPs are rounded down to a multiple of this (8 suits most kernels, 1 hits the ratio most closely)."""
     rounds: Annotated[int, Field(ge=1, le=64)] = 1
     """Record, analyse, decide, apply are repeated this often, each round with fresh scores on the smaller model."""
     repair: Repair = "least_squares"
@@ -127,6 +147,34 @@ class PruneConfig(Section):
     protect: tuple[int, ...] = ()
     """Layers that are left alone, -1 is the last (``global`` and ``sensitivity``)."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of a layer whose units are scored."""
+        return tuple(sorted(unit for unit in self.units if unit != "layer"))
+
+    @model_validator(mode="after")
+    def _units_share_a_budget(self) -> Self:
+        if not self.parts or len(set(self.units)) < len(self.units):
+            raise ValueError(f"units={list(self.units)} must name mlp, attention or both, each once")
+        if "layer" in self.units and self.allocation != "sensitivity":
+            raise ValueError(
+                f"units={list(self.units)} weighs whole layers against units by measured losses, and "
+                f"allocation={self.allocation}; set prune.allocation=sensitivity, or take a method that removes layers"
+            )
+        if len(self.units) > 1 and self.budget in ("units", "kv_cache"):
+            raise ValueError(
+                f"units={list(self.units)} share a budget, and budget={self.budget} is of one kind of them; set "
+                "prune.budget=parameters or macs"
+            )
+        if self.budget == "kv_cache" and self.units != ("attention",):
+            raise ValueError(f"budget=kv_cache is spent on attention, and units={list(self.units)}; set attention")
+        if self.repair == "bias" and "attention" in self.units:
+            raise ValueError(
+                f"repair=bias needs a bias in every output map, and units={list(self.units)} has attention, whose maps "
+                "stay without; set prune.repair=least_squares"
+            )
+        return self
+
     @model_validator(mode="after")
     def _allocation_can_be_made(self) -> Self:
         if self.allocation == "uniform" and self.protect:
@@ -143,13 +191,16 @@ class PruneConfig(Section):
 
     def content_part(self) -> dict[str, Any]:
         """What a result depends on: how the budget may be spread only where it is not spread evenly."""
-        return self.model_dump(
-            mode="json", exclude={"allocation", "floor", "protect"} if self.allocation == "uniform" else None
-        )
+        unused = {"allocation", "floor", "protect"} if self.allocation == "uniform" else set[str]()
+        return self.model_dump(mode="json", exclude=unused | ({"units"} if self.units == ("mlp",) else set()))
+
+
+OFF = ("lora_rank", "checkpoint_activations", "patience")
+"""Options of a recovery that are off unless asked for."""
 
 
 class RecoverConfig(Section):
-    """Recovery fine-tuning on the calibration text (causal language modelling, Ray Train, AdamW)."""
+    """Recovery fine-tuning on the calibration text or examples (next tokens or labels, Ray Train, AdamW)."""
 
     steps: Annotated[int, Field(ge=0)] = 100
     """Optimiser steps; 0 switches recovery off."""
@@ -158,14 +209,25 @@ class RecoverConfig(Section):
     batch_sequences: Annotated[int, Field(ge=1)] = 8
     """Sequences per optimiser step, over all workers; must be a multiple of ``workers``."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
-    """Tokens per training sequence."""
+    """Tokens per training sequence; a classifier trains on whole examples."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """Peak learning rate; linear warm-up over a tenth of the steps, then cosine to a tenth of the peak."""
     train: Literal["all", "blocks", "mlp"] = "blocks"
     """``blocks`` leaves embeddings and head frozen, ``mlp`` trains only the tensors that lost units. Trained parameters
     take 16 bytes each (weight, gradient, two moments), frozen ones 4."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of low-rank adapters that learn in place of the weights they are added to at the end (needs ``peft``); 0
+    trains the weights themselves. A trained weight takes 16 bytes, one with an adapter 4 and little more."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: matrix products in it, weights and moments in float32 (automatic mixed precision)."""
+    checkpoint_activations: bool = False
+    """Keep only what enters each layer and compute the rest again in the backward pass: less memory, a third more
+    work."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
-    """Steps between checkpoints."""
+    """Steps between checkpoints, and between looks at the held-out loss."""
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many looks without a lower loss on held-out training sequences, a tenth of them, and keep the best
+    weights; 0 trains all steps on all of them."""
     distill: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
     """Weight of learning from the dense model: the loss is (1 - distill) * cross entropy + distill * temperature^2 *
     KL(dense || pruned). Every worker then holds the dense model too, in ``model.dtype``: 4 bytes a parameter, 2 in
@@ -174,8 +236,9 @@ class RecoverConfig(Section):
     """Both models' logits are divided by this before they are compared."""
 
     def content_part(self) -> dict[str, Any]:
-        """What a result depends on: how the dense model teaches only where it does."""
-        return self.model_dump(mode="json", exclude=None if self.distill else {"distill", "temperature"})
+        """What a result depends on: how the dense model teaches only where it does, and no option that is off."""
+        off = {name for name in OFF if not getattr(self, name)} | ({"dtype"} if self.dtype == "float32" else set[str]())
+        return self.model_dump(mode="json", exclude=off | (set[str]() if self.distill else {"distill", "temperature"}))
 
 
 class EvaluateConfig(Section):
@@ -259,5 +322,37 @@ class RunConfig(Section):
     def result_part(self) -> dict[str, Any]:
         """Everything that can change a result, as plain data: all but ``run`` and where and how is recorded."""
         tree = self.model_dump(mode="json", exclude={"run"})
-        sections = {"record": self.record, "prune": self.prune, "recover": self.recover}
+        sections = {"data": self.data, "record": self.record, "prune": self.prune, "recover": self.recover}
         return {**tree, **{name: section.content_part() for name, section in sections.items()}}
+
+
+class SweepConfig(Section):
+    """What ``cria sweep`` tries: a run for every combination of the grid. Other verbs leave it alone."""
+
+    grid: dict[str, Any] = {}
+    """Keys of the run as on the command line, each with the list of its values: ``prune.ratio = [0.2, 0.3]``,
+    ``method = [{ name = "conditional" }, { name = "random" }]``."""
+    concurrency: Annotated[int, Field(ge=1)] = 1
+    """Trials at the same time; they share ``run.workers`` evenly, and each recovery has ``recover.workers`` more."""
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """Dotted key to its values."""
+        return dict(_axes(self.grid, ""))
+
+    @model_validator(mode="after")
+    def _axes_are_lists(self) -> Self:
+        for key, values in self.axes.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"sweep.grid.{key} is not a list of values; write {key} = [first, second]")
+            if key.split(".")[0] in ("run", "sweep"):
+                raise ValueError(f"sweep.grid.{key} changes no result; set {key} outside of the grid")
+        return self
+
+
+def _axes(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _axes(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -7,13 +7,15 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from cria_dist.config import RunConfig
+from cria_dist.config import RunConfig, Section, SweepConfig
 from cria_dist.errors import ConfigError
 from cria_dist.methods import METHODS
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -22,6 +24,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such file, not TOML, an unknown key, or a value out of bounds.
     """
+    return load_with_sweep(path, overrides)[0]
+
+
+def load_with_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, SweepConfig]:
+    """Like :func:`load`, with the table ``[sweep]``."""
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -30,15 +37,35 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"configuration {str(path)!r} is not valid TOML: {error}") from error
     for override in overrides:
         _override(tree, override)
-    return parse(tree)
+    sweep = _valid(SweepConfig, tree.pop("sweep", {}), "sweep")
+    return parse(tree), sweep
 
 
 def parse(tree: dict[str, Any]) -> RunConfig:
     """Validate plain data; every complaint becomes one line that names key, value and rule."""
+    return _valid(RunConfig, tree)
+
+
+def as_override(key: str, value: Any) -> str:
+    """An override as a user would write it; :func:`load` reads the same value from it."""
+    return f"{key}={value if isinstance(value, str) and _value(value) == value else _toml(value)}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value)
+
+
+def _valid(section: type[SectionT], tree: Any, *place: str) -> SectionT:
     try:
-        return RunConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_complaint(dict(detail)) for detail in error.errors())) from None
+        raise ConfigError(
+            "; ".join(_complaint({**detail, "loc": (*place, *detail["loc"])}) for detail in error.errors())
+        ) from None
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
@@ -89,6 +116,8 @@ METHOD_TAGS = frozenset(str(method.model_fields["name"].default) for method in M
 def _known_keys(parents: list[str]) -> list[str]:
     section: type[BaseModel] = RunConfig
     for parent in parents:
+        if parent == "sweep":
+            return sorted(SweepConfig.model_fields)
         if parent in ("method", "compare"):
             return sorted({field for method in METHODS for field in method.model_fields})
         annotation = section.model_fields[parent].annotation

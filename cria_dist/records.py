@@ -163,11 +163,12 @@ class Evaluation:
         method: pruning method behind it, empty for the dense model.
         repair: repair applied, "none" if none.
         parameters: number of parameters, tied weights counted once.
-        perplexity: exp of the token mean of the negative log likelihood.
-        scored_tokens: tokens the perplexity is over.
+        perplexity: exp of the mean negative log likelihood per token of text, or per label of a classifier.
+        scored_tokens: tokens, or labelled examples, the perplexity is over.
         weight_bytes: bytes of the weights on storage.
         prefill_ms: median time of one forward pass over one test sequence, or None if not timed.
         decode_ms: median time per generated token with a cache at batch 1, or None if not timed.
+        accuracy: share of the examples whose label a classifier found; None for a language model.
     """
 
     label: str
@@ -179,6 +180,7 @@ class Evaluation:
     weight_bytes: int
     prefill_ms: float | None = None
     decode_ms: float | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

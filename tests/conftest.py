@@ -132,6 +132,55 @@ def pico_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_classifier(tmp_path_factory.mktemp("models") / "pico-vit")
 
 
+def save_encoder(folder: Path, model_type: str = "bert", **changes: Any) -> Path:
+    """A small sentence classifier of two classes; its tokenizer puts every sentence between ``<s>`` and ``</s>``."""
+    import torch
+    from tokenizers import processors
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    shape: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.15,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 1 if model_type == "roberta" else 0,
+        "id2label": {0: "bad", 1: "good"},
+        "label2id": {"bad": 0, "good": 1},
+    }
+    torch.manual_seed(7)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **shape | changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = [("<s>", 256), ("</s>", 257)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_encoder() -> Callable[..., Path]:
+    """``make_encoder(folder, model_type="bert", **config_changes)``."""
+    return save_encoder
+
+
+@pytest.fixture(scope="session")
+def pico_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of a BERT with 3 layers of 48 units and two classes; not to be written to."""
+    return save_encoder(tmp_path_factory.mktemp("models") / "pico-bert")
+
+
 @pytest.fixture(scope="session")
 def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint of a Llama with 2 layers of 48 units and tied embeddings; not to be written to."""

@@ -62,7 +62,9 @@ def test_a_whole_run_with_block_influence(
     assert plan.parameters[1] == sum(parameter.numel() for parameter in model.parameters())
     assert report.variants[1].parameters == plan.parameters[1]
     assert plan.ratio == (plan.parameters[0] - plan.parameters[1]) / plan.parameters[0]
-    assert all("logits equal" in finding for finding in report.loaders.values())
+    found = {name: finding for name, finding in report.loaders.items() if name.startswith("transformers")}
+    assert found
+    assert all("logits equal" in finding for finding in found.values())
     assert (folder / "report.html").is_file()
     assert not (folder / "round-00" / "repair").exists()
 

@@ -48,7 +48,7 @@ class SpyPool(LocalPool):
         assert isinstance(make_worker, functools.partial)
         if make_worker.func is Verifier:
             for item in items:  # five seconds a process; tests/stages/test_evaluate.py has the real thing
-                files.write_json(item.record, {"finding": "not checked"})
+                files.write_json(item.record, {"finding": "not checked", "others": {}})
                 yield item, "not checked"
             return
         if make_worker.func.__module__ == memory.__name__:  # asks a worker how much it has: no result
@@ -80,7 +80,7 @@ def carry_out(
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything that is a result: all but books, logs and what carries times."""
-    left_out = {"timings.json", "progress.json", "log.jsonl", "report.json", "report.html"}
+    left_out = {"timings.json", "progress.json", "log.jsonl", "report.json", "report.html", "README.md"}
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -121,8 +121,9 @@ def test_a_run_leaves_report_page_and_plots(finished_run: Any) -> None:
     assert [len(one.answers) for one in report.generations] == [4, 4]
     assert len(report.loss) == 6
     assert all(one.prefill_ms and one.decode_ms for one in report.variants)
-    assert report.loaders.keys() == {"transformers, pruned", "transformers, recovered"}
-    assert all("logits equal" in finding for finding in report.loaders.values())
+    others = {f"{loader}, recovered" for loader in ("llama.cpp", "vLLM", "onnxruntime")}
+    assert report.loaders.keys() == {"transformers, pruned", "transformers, recovered"} | others
+    assert all("logits equal" in report.loaders[f"transformers, {name}"] for name in ("pruned", "recovered"))
     assert not [path for path in folder.rglob("*") if ".tmp." in path.name or path.suffix in {".pkl", ".pt", ".bin"}]
 
 

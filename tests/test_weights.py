@@ -82,8 +82,8 @@ def test_stock_transformers_loads_it_and_only_the_maps_changed(finished: Path, p
     assert all(stock.state_dict()[name].eq(0).equal(mask) for name, mask in masks.items())
     loaders = report_from_json(finished / "report.json").loaders
     equal = {name for name, finding in loaders.items() if "logits equal" in finding}
-    assert equal == {"transformers, pruned", "transformers, recovered"}
-    assert set(loaders) - equal == {"sparse copy, pruned", "sparse copy, recovered"}
+    assert {"transformers, pruned", "transformers, recovered"} <= equal
+    assert {"sparse copy, pruned", "sparse copy, recovered"} <= set(loaders) - equal
 
 
 @pytest.mark.parametrize("name", ["pruned", "recovered"])

@@ -63,15 +63,23 @@ def check_floors(rooms: Mapping[str, Room], budget: float, total: float, ratio: 
 def even_widths(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
     """The same share of every site that is not protected, floors left aside: what ``uniform`` makes of the budget.
 
+    Where a unit is large (a KV group), rounding is coarse: sites are served from the coarsest on, and the finer ones
+    share what is left. A site whose one unit is a whole layer keeps it.
+
     Raises:
         PlanError: the share would empty a site.
     """
-    free = {key: one for key, one in rooms.items() if one.smallest < one.width}
-    fixed = sum(one.width * one.unit_cost for key, one in rooms.items() if key not in free)
-    share = (budget - fixed) / sum(one.width * one.unit_cost for one in free.values()) if free else 1.0
     widths = {key: one.width for key, one in rooms.items()}
-    for key, one in free.items():
-        widths[key] = min(one.width, math.floor(one.width * share + 1e-9) // one.multiple * one.multiple)
-        if widths[key] < 1:
-            raise PlanError(f"the budget leaves no unit at {key}; lower prune.ratio or prune.multiple={one.multiple}")
+    free = {key: one for key, one in rooms.items() if 0 < one.smallest < one.width}
+    for step in sorted({one.multiple * one.unit_cost for one in free.values()}, reverse=True):
+        fixed = sum(widths[key] * one.unit_cost for key, one in rooms.items() if key not in free)
+        share = min(1.0, (budget - fixed) / sum(one.width * one.unit_cost for one in free.values()))
+        for key, one in list(free.items()):
+            if one.multiple * one.unit_cost == step:
+                widths[key] = min(one.width, math.floor(one.width * share + 1e-9) // one.multiple * one.multiple)
+                del free[key]
+                if widths[key] < 1:
+                    raise PlanError(
+                        f"the budget leaves no unit at {key}; lower prune.ratio or prune.multiple={one.multiple}"
+                    )
     return widths

@@ -53,7 +53,7 @@ def eliminate(gram_NN: Array, weight_DN: Array, ridge: float) -> Elimination:
     """
     xp = arrays.namespace(gram_NN)
     size = gram_NN.shape[0]
-    precision_AA, weight_DA = _precision(gram_NN, ridge), xp.asarray(weight_DN, copy=True)
+    precision_AA, weight_DA = precision_matrix(gram_NN, ridge), xp.asarray(weight_DN, copy=True)
     units_A = np.arange(size)
     gone_A = np.zeros(size, dtype=bool)
     order: list[NDArray[np.int64]] = []
@@ -80,8 +80,12 @@ def eliminate(gram_NN: Array, weight_DN: Array, ridge: float) -> Elimination:
     return Elimination(np.concatenate(order), np.concatenate(costs))
 
 
-def _precision(gram_NN: Array, ridge: float) -> Array:
-    """``(G + r I)^-1``."""
+def precision_matrix(gram_NN: Array, ridge: float) -> Array:
+    """``(G + r I)^-1`` with ``r = ridge * mean(diag G)``.
+
+    Raises:
+        NumericError: the matrix is not finite, or still singular with the ridge.
+    """
     xp, size = arrays.namespace(gram_NN), gram_NN.shape[0]
     diagonal_N = xp.linalg.diagonal(gram_NN)
     mean = float(xp.mean(diagonal_N))

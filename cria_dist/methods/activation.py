@@ -42,4 +42,4 @@ class Activation(MethodBase):
         """
         if statistics.moments is None:
             raise NumericError("activation needs the moments of the site; run the record stage with this method")
-        return Verdict(np.sqrt(np.diagonal(statistics.moments.gram_NN)))
+        return Verdict(statistics.norm_per_unit(np.sqrt(np.diagonal(statistics.moments.gram_NN))))

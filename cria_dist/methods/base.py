@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from cria_dist.arrays import Array
@@ -18,6 +19,8 @@ class SiteStatistics:
 
     Attributes:
         width: number of units N.
+        span: signals of a unit, one after the other: 1 for a neuron, more for a group of heads. What is indexed by N
+            below has one row per signal then (N * span), but for ``weight_norm_N``, ``taylor_N`` and ``gate_N``.
         input_NM: pre-activation signals (for a gated MLP the gate and the up signal side by side), array of the
             analyst's library, float32.
         output_NM: post-activation signals of the same tokens.
@@ -40,6 +43,15 @@ class SiteStatistics:
     taylor_N: Float64 | None = None
     gate_N: Float64 | None = None
     seed: int = 0
+    span: int = 1
+
+    def sum_per_unit(self, values_N: Float64) -> Float64:
+        """Sum of what is given per signal over the signals of each unit."""
+        return values_N.reshape(self.width, self.span).sum(axis=1)
+
+    def norm_per_unit(self, values_N: Float64) -> Float64:
+        """L2 norm of what is given per signal, not negative, over the signals of each unit."""
+        return values_N if self.span == 1 else np.sqrt(self.sum_per_unit(np.square(values_N)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +104,16 @@ class MethodBase(BaseModel):
     def smallest_site(self) -> int:
         """Fewest units a site may have for this method."""
         return 1
+
+    @property
+    def smallest_group_site(self) -> int:
+        """Fewest units a site of groups (of heads) may have."""
+        return 1
+
+    @property
+    def scores_groups(self) -> bool:
+        """Whether the method can score groups of heads."""
+        return self.unit == "mlp"
 
     def score(self, statistics: SiteStatistics) -> Verdict:
         """Score the units of one site."""

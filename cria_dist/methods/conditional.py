@@ -8,6 +8,7 @@ from pydantic import Field
 from cria_dist import arrays
 from cria_dist.errors import NumericError
 from cria_dist.maths.elimination import eliminate
+from cria_dist.maths.group_elimination import eliminate_groups
 from cria_dist.methods.base import MethodBase, SiteStatistics, Statistic, Verdict
 
 
@@ -20,7 +21,8 @@ class Conditional(MethodBase):
     take over its part, and so on to the last; copies go at no cost. The least-squares repair solves the same problem
     for the final set.
 
-    A score is the share of the output's energy that is lost when this neuron and all below it are gone.
+    A score is the share of the output's energy that is lost when this neuron and all below it are gone. Heads go group
+    by group in the same way: what a group's signals together say that those of the other groups do not.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2302.04089"
@@ -50,7 +52,10 @@ class Conditional(MethodBase):
             raise NumericError("conditional needs moments and weights; run the record stage with this method")
         xp = arrays.namespace(output_DN)
         gram_NN = xp.asarray(moments.gram_NN)
-        found = eliminate(gram_NN, output_DN, self.ridge)
+        if statistics.span == 1:
+            found = eliminate(gram_NN, output_DN, self.ridge)
+        else:
+            found = eliminate_groups(gram_NN, output_DN, statistics.span, self.ridge)
         energy = float(xp.sum((output_DN @ gram_NN) * output_DN))
         keep_N = np.empty(statistics.width)
         keep_N[found.order_N] = np.cumsum(found.cost_N) / energy if energy > 0 else np.arange(1.0, statistics.width + 1)

@@ -83,13 +83,25 @@ class Cria(MethodBase):
         """A neuron cannot be its own neighbour, and one more must be left to tell near from far."""
         return self.neighbours + 2
 
+    @property
+    def smallest_group_site(self) -> int:
+        """Graphs of heads are tiny: every head has at most a third of them as neighbours."""
+        return 3
+
     def score(self, statistics: SiteStatistics) -> Verdict:
-        """Score the neurons of one site.
+        """Score the neurons of one site, or its groups of heads: a node then is a group, its signals put together.
 
         Raises:
             NumericError: non-finite signals, too few live neurons, or eigenpairs that did not converge.
         """
-        input_NM, output_NM = statistics.input_NM, statistics.output_NM
+        if statistics.span > 1:
+            few = min(self.neighbours, statistics.width // 3)
+            return self.model_copy(update={"neighbours": few}).score_nodes(statistics)
+        return self.score_nodes(statistics)
+
+    def score_nodes(self, statistics: SiteStatistics) -> Verdict:
+        """Score with ``neighbours`` as they are set."""
+        input_NM, output_NM = nodes(statistics.input_NM, statistics), nodes(statistics.output_NM, statistics)
         if input_NM is None or output_NM is None:
             raise NumericError("cria needs recorded signals; run the record stage with this method")
         if not input_NM.shape[0] == output_NM.shape[0] == statistics.width:
@@ -172,4 +184,11 @@ def _full_distortion(left: Sparse, right: Sparse, input_edges: Array) -> Array:
 def _read_by_next_layer(statistics: SiteStatistics) -> Float64:
     if statistics.moments is None or statistics.output_norm_N is None:
         raise NumericError("method.output_weighting needs moments and weights; run the record stage with this method")
-    return statistics.moments.std_N * statistics.output_norm_N
+    return statistics.norm_per_unit(statistics.moments.std_N * statistics.output_norm_N)
+
+
+def nodes(signals_NM: Array | None, statistics: SiteStatistics) -> Array | None:
+    """One row per unit: the signals of a unit one after the other."""
+    if signals_NM is None or statistics.span == 1:
+        return signals_NM
+    return arrays.namespace(signals_NM).reshape(signals_NM, (signals_NM.shape[0] // statistics.span, -1))

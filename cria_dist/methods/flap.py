@@ -41,4 +41,4 @@ class Flap(MethodBase):
         """
         if statistics.moments is None or statistics.output_norm_N is None:
             raise NumericError("flap needs moments and weights of the site; run the record stage with this method")
-        return Verdict(np.square(statistics.moments.std_N * statistics.output_norm_N))
+        return Verdict(statistics.sum_per_unit(np.square(statistics.moments.std_N * statistics.output_norm_N)))

@@ -49,6 +49,11 @@ class GateMethod(MethodBase):
         return frozenset({"gates"})
 
     @property
+    def scores_groups(self) -> bool:
+        """Gates are on neurons."""
+        return False
+
+    @property
     @abstractmethod
     def start(self) -> float:
         """What every unit starts to learn from; there the gate is 1 and the model computes what it did."""

@@ -38,4 +38,5 @@ class Wanda(MethodBase):
         """
         if statistics.moments is None or statistics.output_norm_N is None:
             raise NumericError("wanda needs moments and weights of the site; run the record stage with this method")
-        return Verdict(np.sqrt(np.diagonal(statistics.moments.gram_NN)) * statistics.output_norm_N)
+        scores_N = np.sqrt(np.diagonal(statistics.moments.gram_NN)) * statistics.output_norm_N
+        return Verdict(statistics.norm_per_unit(scores_N))

@@ -171,9 +171,11 @@ class StandIn(torch.nn.Module):
         """What the model asks its layers for."""
         return getattr(self.__dict__["_layer"], name)
 
-    def forward(self, hidden_states: torch.Tensor, *_args: object, **_kwargs: object) -> torch.Tensor:
-        """The identity."""
-        return hidden_states
+    def forward(
+        self, hidden_states: torch.Tensor | None = None, *_args: object, **kwargs: torch.Tensor
+    ) -> torch.Tensor:
+        """The identity; encoders call their embedding by keywords."""
+        return kwargs["inputs_embeds"] if hidden_states is None else hidden_states
 
 
 def _give_back_freed_memory() -> None:

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,10 +23,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cria_dist.errors import ConfigError, DataError
-from cria_dist.files import digest, write_json, write_with
+from cria_dist.files import digest, safe_name, write_json, write_with
 from cria_dist.models.builtin import resolve_builtin
+from cria_dist.models.decilm import from_blocks
 from cria_dist.models.family import family_of
-from cria_dist.models.mlp import LAYER_WIDTHS, ModelDict, Takes
+from cria_dist.models.mlp import ModelDict, Takes, layers_differ
+from cria_dist.models.remote_code import with_modeling_file
 from cria_dist.models.widths import resize_layers, resizing_class
 
 WEIGHTS = "model.safetensors"
@@ -33,9 +36,14 @@ PLAN = "plan.json"
 """How a checkpoint of ours came about; a checkpoint made of it gets its own."""
 INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 1 << 20
-FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
-"""What is downloaded of a model."""
-CLASSES: Mapping[Takes, Any] = {"tokens": AutoModelForCausalLM, "images": AutoModelForImageClassification}
+TERMS = ["README.md", "LICENSE*", "NOTICE*"]
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", *TERMS]
+"""What is downloaded of a model; its terms go on with what is made of it."""
+CLASSES: Mapping[Takes, Any] = {
+    "tokens": AutoModelForCausalLM,
+    "sentences": AutoModelForSequenceClassification,
+    "images": AutoModelForImageClassification,
+}
 """Stock classes, by what the model takes."""
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
 
@@ -89,13 +97,13 @@ def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's config.json.
+    """The checkpoint's config.json; of a DeciLM checkpoint, what it says of the Llama that it is.
 
     Raises:
         ConfigError: it is not JSON.
     """
     try:
-        return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return dict(from_blocks(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
     except ValueError as error:
         raise ConfigError(
             f"{directory / 'config.json'} is damaged ({error}); take a whole copy of the model"
@@ -103,12 +111,16 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> dict[str, list[str]]:
-    """Tensor names per safetensors file, in file order."""
+    """Tensor names per safetensors file, in file order.
+
+    Raises:
+        ConfigError: the index names a file that is not beside it; results are written under the same names.
+    """
     if (directory / INDEX).is_file():
         index: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files: dict[str, list[str]] = {}
         for name, file in sorted(index.items()):
-            files.setdefault(file, []).append(name)
+            files.setdefault(safe_name(file), []).append(name)
         return dict(sorted(files.items()))
     with safe_open(directory / WEIGHTS, framework="pt") as handle:
         return {WEIGHTS: list(handle.keys())}
@@ -212,12 +224,13 @@ def from_pretrained(directory: Path, **settings: Any) -> PreTrainedModel:
     """The model of a checkpoint, an instance of its stock class also where the layers differ in width."""
     config = read_config(directory)
     stock = stock_class(config)
-    if LAYER_WIDTHS in config:
+    if layers_differ(config):
         stock = resizing_class(type(empty_model(config)), family_of(config), config)
+        settings["config"] = AutoConfig.for_model(**config)
     model = stock.from_pretrained(
         directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **settings
     )
-    if LAYER_WIDTHS in config:
+    if layers_differ(config):
         # what was needed to build it is no class that anybody could import
         model.__class__ = stock.__base__  # pyright: ignore[reportAttributeAccessIssue]  (it is the stock class)
     return model.eval()
@@ -249,7 +262,7 @@ def finish(source: Path, target: Path, config: Mapping[str, Any]) -> None:
         for path in sorted(source.glob(pattern)):
             if path.name not in {"config.json", INDEX, PLAN}:
                 shutil.copyfile(path, target / path.name)
-    write_json(target / "config.json", dict(config))
+    write_json(target / "config.json", with_modeling_file(target, config))
 
 
 def is_complete(directory: Path) -> bool:

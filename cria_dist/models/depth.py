@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 from transformers import AutoConfig
 
 from cria_dist.errors import PlanError
+from cria_dist.models import attention
 from cria_dist.models.mlp import LAYER_WIDTHS, ModelDict
 from cria_dist.records import Site
 
 PART = "block"
 """Part of a site whose one unit is the layer itself."""
-PER_LAYER = ("layer_types", "mlp_layer_types", LAYER_WIDTHS)
+PER_LAYER = ("layer_types", "mlp_layer_types", LAYER_WIDTHS, attention.LAYER_KV_HEADS)
 """Keys of config.json with one entry per layer."""
 
 Value = TypeVar("Value")
@@ -54,7 +55,7 @@ def surviving(kept: Kept, config: ModelDict) -> tuple[int, ...]:
     return tuple(layer for key, layer in layers.items() if planned[key])
 
 
-def shallower(config: ModelDict, stay: tuple[int, ...]) -> dict[str, Any]:
+def shallower(config: ModelDict, stay: tuple[int, ...], width_key: str = "intermediate_size") -> dict[str, Any]:
     """The config with these layers only.
 
     What transformers derives from a layer's number (sliding or full attention, where config.json does not list it) is
@@ -68,11 +69,13 @@ def shallower(config: ModelDict, stay: tuple[int, ...]) -> dict[str, Any]:
         key: [values[layer] for layer in stay] for key, values in lists.items() if values is not None
     }
     if widths := chosen.get(LAYER_WIDTHS):
-        chosen["intermediate_size"] = max(widths)
+        chosen[width_key] = max(widths)
         if len(set(widths)) == 1:  # then the stock class has a name for it
             config = {key: value for key, value in config.items() if key != LAYER_WIDTHS}
             chosen.pop(LAYER_WIDTHS)
-    return {**config, "num_hidden_layers": len(stay), **chosen}
+    fewer = {**config, "num_hidden_layers": len(stay), **chosen}
+    groups = fewer.get(attention.LAYER_KV_HEADS)
+    return attention.with_groups(fewer, groups) if groups else fewer
 
 
 def renumbered(tensors: Mapping[str, Value], prefix: str, stay: tuple[int, ...]) -> dict[str, Value]:

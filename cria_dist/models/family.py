@@ -6,48 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cria_dist.errors import ConfigError
-from cria_dist.models.mlp import MlpFamily, ModelDict, SiteModules
+from cria_dist.models.channels import RESNET_CIFAR
+from cria_dist.models.decoders import FusedMlpFamily, GatedMlpFamily, GptNeoxFamily, OptFamily
+from cria_dist.models.encoders import BertFamily, RobertaFamily
+from cria_dist.models.generic import generic_family
+from cria_dist.models.mlp import PART, MlpFamily, ModelDict, SiteModules
 from cria_dist.records import Site
-
-
-@dataclass(frozen=True, slots=True)
-class GatedMlpFamily(MlpFamily):
-    """Decoders with ``down(act(gate(x)) * up(x))`` under Llama's module names.
-
-    Attributes:
-        mlp_bias_key: config key that gives the three maps biases, or None where the architecture has none.
-    """
-
-    mlp_bias_key: str | None = None
-
-    takes = "tokens"
-    layers = "model.layers"
-    embedding = "model.embed_tokens"
-
-    def modules(self, site: Site) -> SiteModules:
-        """Where the site's signals are observed."""
-        prefix = f"{self.layers}.{site.layer}.mlp"
-        return SiteModules({"gate": f"{prefix}.gate_proj", "up": f"{prefix}.up_proj"}, f"{prefix}.down_proj")
-
-    def has_bias(self, config: ModelDict) -> bool:
-        """Whether the three maps carry biases."""
-        return self.mlp_bias_key is not None and bool(config.get(self.mlp_bias_key, False))
-
-    def input_shape(self, config: ModelDict, sequence_length: int) -> tuple[int, ...]:
-        """Of one sequence."""
-        return (sequence_length,)
-
-    def positions(self, config: ModelDict, sequence_length: int) -> int:
-        """One per token."""
-        return sequence_length
-
-    def _with_biases(self) -> dict[str, Any]:
-        if self.mlp_bias_key is None:
-            raise ConfigError(
-                f"prune.repair=bias needs MLP biases, which {self.model_type!r} does not have; "
-                "use prune.repair=least_squares"
-            )
-        return {self.mlp_bias_key: True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +28,7 @@ class VisionMlpFamily(MlpFamily):
     def modules(self, site: Site) -> SiteModules:
         """Where the site's signals are observed."""
         prefix = f"{self.layers}.{site.layer}.mlp"
-        return SiteModules({"input": f"{prefix}.fc1"}, f"{prefix}.fc2")
+        return SiteModules({"input": f"{prefix}.fc1"}, f"{prefix}.fc2", ("input",))
 
     def on_disk(self, name: str) -> str:
         """What checkpoints call a module or parameter."""
@@ -72,7 +36,7 @@ class VisionMlpFamily(MlpFamily):
             name = name.replace(in_memory, stored)
         return name
 
-    def has_bias(self, config: ModelDict) -> bool:
+    def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """They do."""
         return True
 
@@ -109,26 +73,38 @@ VIT_NAMES = {
 FAMILIES: dict[str, MlpFamily] = {
     family.model_type: family
     for family in (
-        GatedMlpFamily("gemma2"),
-        GatedMlpFamily("gemma3_text"),
-        GatedMlpFamily("llama", mlp_bias_key="mlp_bias"),
+        GatedMlpFamily("gemma2", attention_bias="attention_bias"),
+        GatedMlpFamily("gemma3_text", attention_bias="attention_bias"),
+        FusedMlpFamily("glm"),
+        FusedMlpFamily("glm4"),
+        GptNeoxFamily("gpt_neox"),
+        GatedMlpFamily("llama", mlp_bias_key="mlp_bias", attention_bias="attention_bias"),
         GatedMlpFamily("mistral"),
-        GatedMlpFamily("qwen2"),
-        GatedMlpFamily("qwen3"),
+        OptFamily("opt"),
+        FusedMlpFamily("phi3"),
+        GatedMlpFamily("qwen2", attention_bias=True),
+        GatedMlpFamily("qwen3", attention_bias="attention_bias"),
+        BertFamily("bert"),
+        RobertaFamily("roberta"),
         VisionMlpFamily("vit"),
+        RESNET_CIFAR,
     )
 }
 
 
 def family_of(config: ModelDict) -> MlpFamily:
-    """The adapter for a checkpoint.
+    """The adapter for a checkpoint: the family's own, or one for all that look like Llama's MLP.
 
     Raises:
         ConfigError: the family is not known.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ConfigError(f"model family {model_type!r} is not known; known families: {', '.join(sorted(FAMILIES))}")
     if config.get("quantization_config"):
         raise ConfigError("the checkpoint is quantised; give the checkpoint in float32, bfloat16 or float16")
-    return FAMILIES[model_type]
+    found = FAMILIES.get(str(model_type)) or generic_family(config)
+    if found is None:
+        raise ConfigError(
+            f"model family {model_type!r} is not known; known families: {', '.join(sorted(FAMILIES))}, and decoders "
+            "whose layers all have mlp.gate_proj, mlp.up_proj and mlp.down_proj"
+        )
+    return found

@@ -1,5 +1,7 @@
 """How many multiplications a model makes, from its shapes alone."""
 
+from typing import cast
+
 import torch
 
 from cria_dist.models import checkpoint
@@ -18,3 +20,14 @@ def macs_per_position(config: ModelDict, family: MlpFamily, length: int) -> int:
     maps = (module for module in checkpoint.empty_model(config).modules() if isinstance(module, torch.nn.Linear))
     sizes = sizes_of(config, family)
     return sum(one.weight.numel() for one in maps) + 2 * len(sizes.layers) * length * sizes.heads * sizes.head_dim
+
+
+def macs_of_layers(config: ModelDict, family: MlpFamily, length: int) -> list[int]:
+    """Multiply-accumulates of one position of a sequence in every layer, as :func:`macs_per_position` counts them."""
+    layers = cast(torch.nn.ModuleList, checkpoint.empty_model(config).get_submodule(family.layers))
+    heads = sizes_of(config, family)
+    attention = 2 * length * heads.heads * heads.head_dim
+    return [
+        attention + sum(one.weight.numel() for one in layer.modules() if isinstance(one, torch.nn.Linear))
+        for layer in layers
+    ]

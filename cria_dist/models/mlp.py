@@ -1,17 +1,31 @@
-"""MLPs of transformers: where their neurons are observed, which tensors carry them, what one costs."""
+"""Transformers: where MLP neurons and KV groups are observed, which tensors carry them, what one costs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from cria_dist.models import attention
 from cria_dist.records import Site
 
 ModelDict = Mapping[str, Any]
 """The content of a checkpoint's config.json."""
-Takes = Literal["tokens", "images"]
+Takes = Literal["tokens", "sentences", "images"]
+"""A stream of text, or the examples of a classifier."""
+PART = "mlp"
+"""Part of a site whose units are MLP neurons."""
 LAYER_WIDTHS = "intermediate_size_per_layer"
-"""Key of config.json where the widths of the layers differ; ``intermediate_size`` then is the largest of them."""
+"""Key of config.json where the widths of the layers differ; the stock key then has the largest of them."""
+
+ANY_MLP = Site(0, PART)
+
+
+PER_LAYER = (LAYER_WIDTHS, attention.LAYER_KV_HEADS)
+
+
+def layers_differ(config: ModelDict) -> bool:
+    """Whether layers have widths of their own, which stock classes cannot build."""
+    return any(key in config for key in PER_LAYER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +33,19 @@ class SiteModules:
     """Module names of one site.
 
     Attributes:
-        inputs: linear maps whose outputs are the pre-activation signals, by signal name.
-        output: linear map whose input is the post-activation signal.
+        inputs: linear maps with rows of the units, by signal name.
+        output: linear map with columns of the units; its input is the post-activation signal.
+        recorded: inputs whose outputs are the pre-activation signals.
     """
 
     inputs: Mapping[str, str]
     output: str
+    recorded: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class MlpFamily(ABC):
-    """Transformers whose units are the neurons of every layer's MLP.
+    """Transformers whose units are the neurons of every layer's MLP, and KV groups where they are known.
 
     Attributes:
         model_type: ``model_type`` of config.json.
@@ -37,20 +53,25 @@ class MlpFamily(ABC):
 
     model_type: str
 
+    parts: ClassVar[tuple[str, ...]] = (PART,)
+    """Parts of a layer that have units."""
+
     takes: ClassVar[Takes]
     """What the model reads."""
     layers: ClassVar[str]
     """Module name of the list of layers."""
     embedding: ClassVar[str]
     """Module name of what makes hidden states of the input."""
+    width_key: ClassVar[str] = "intermediate_size"
+    """Key of config.json with the width of the MLPs."""
 
     @abstractmethod
     def modules(self, site: Site) -> SiteModules:
         """Where the site's signals are observed, by names in memory."""
 
     @abstractmethod
-    def has_bias(self, config: ModelDict) -> bool:
-        """Whether the MLP's maps carry biases."""
+    def has_bias(self, config: ModelDict, part: str = PART) -> bool:
+        """Whether the input maps of a part carry biases (of an MLP, the output map too)."""
 
     @abstractmethod
     def input_shape(self, config: ModelDict, sequence_length: int) -> tuple[int, ...]:
@@ -68,40 +89,64 @@ class MlpFamily(ABC):
         """The site's modules, by names in checkpoints."""
         modules = self.modules(site)
         inputs = {signal: self.on_disk(name) for signal, name in modules.inputs.items()}
-        return SiteModules(inputs, self.on_disk(modules.output))
+        return SiteModules(inputs, self.on_disk(modules.output), modules.recorded)
 
-    def widths(self, config: ModelDict) -> dict[Site, int]:
-        """Units per site: the MLP neurons of every layer."""
-        same = [config["intermediate_size"]] * int(config["num_hidden_layers"])
-        return {Site(layer): int(width) for layer, width in enumerate(config.get(LAYER_WIDTHS) or same)}
+    def widths(self, config: ModelDict, parts: Collection[str] = (PART,)) -> dict[Site, int]:
+        """Units per site of some parts: the MLP neurons of every layer, and its KV groups."""
+        same = [config[self.width_key]] * int(config["num_hidden_layers"])
+        neurons = {Site(layer): int(width) for layer, width in enumerate(config.get(LAYER_WIDTHS) or same)}
+        found = neurons if PART in parts else {}
+        found |= attention.attention_sites(config) if attention.PART in parts else {}
+        return dict(sorted(found.items()))
 
-    def signals(self) -> int:
+    def stack(self, site: Site) -> int:
+        """Input maps that lie one below the other in one tensor: a unit has rows in each of them."""
+        return 1
+
+    def span(self, site: Site, config: ModelDict) -> int:
+        """Inputs of the output map that one unit computes: columns, one after the other."""
+        return attention.attention_shape(config).span if site.part == attention.PART else 1
+
+    def rows_at(self, site: Site, config: ModelDict, rows: Any) -> Any:
+        """Rows of a site's signals for rows of the positions that tokens are sampled from: the same ones."""
+        return rows
+
+    def signals(self, site: Site = ANY_MLP) -> int:
         """Recorded signals of a unit: those before the activation, and the one after it."""
-        return len(self.modules(Site(0)).inputs) + 1
+        return len(self.modules(site).recorded) * self.stack(site) + 1
 
     def coupled_tensors(self, site: Site, config: ModelDict) -> dict[str, int]:
-        """Tensors of a checkpoint that carry the site's units, with the dimension the units lie along."""
+        """Tensors of a checkpoint that carry the site's units, with the dimension the units lie along.
+
+        A unit has the same number of consecutive rows (or columns) as every other of its site; along dimension 0, once
+        in each of the ``stack`` maps that the tensor holds.
+        """
         modules = self.stored(site)
         tensors = {f"{module}.weight": 0 for module in modules.inputs.values()}
-        if self.has_bias(config):
+        if self.has_bias(config, site.part):
             tensors |= {f"{module}.bias": 0 for module in modules.inputs.values()}
         return {**tensors, f"{modules.output}.weight": 1}
 
-    def unit_cost(self, config: ModelDict) -> int:
-        """Parameters that leave the model with one unit: a row per input map, one column, and the rows' biases."""
-        inputs = self.signals() - 1
+    def unit_cost(self, site: Site, config: ModelDict) -> int:
+        """Parameters that leave the model with one unit: rows of the input maps, their biases, columns."""
+        if site.part == attention.PART:
+            shape = attention.attention_shape(config)
+            return shape.unit_weights + shape.unit_biases * self.has_bias(config, site.part)
+        inputs = self.signals(site) - 1
         return (inputs + 1) * int(config["hidden_size"]) + (inputs if self.has_bias(config) else 0)
 
-    def unit_macs(self, config: ModelDict) -> int:
-        """Multiplications per position that leave the model with one unit: a row per input map and one column."""
-        return self.signals() * int(config["hidden_size"])
+    def unit_macs(self, site: Site, config: ModelDict, length: int) -> int:
+        """Multiplications per position that leave the model with one unit, in a sequence of ``length`` positions."""
+        if site.part == attention.PART:
+            return attention.attention_shape(config).unit_macs(length)
+        return self.signals(site) * int(config["hidden_size"])
 
     def output_bias_cost(self, config: ModelDict, kept: int) -> int:
-        """Parameters a site gains when the repair gives its output map a bias: the input maps get one of zeros too."""
+        """Parameters an MLP gains when the repair gives its output map a bias: the input maps get one of zeros too."""
         return 0 if self.has_bias(config) else int(config["hidden_size"]) + (self.signals() - 1) * kept
 
     def narrowed(self, config: ModelDict, kept: Mapping[str, int], output_bias: bool) -> dict[str, Any]:
-        """The config of the pruned model: the stock one, and the width per layer where they differ.
+        """The config of the pruned model: the stock one, and widths per layer where they differ.
 
         Args:
             config: config of the dense model.
@@ -111,10 +156,15 @@ class MlpFamily(ABC):
         Raises:
             ConfigError: a bias is needed and the architecture has none.
         """
-        widths = [kept[key] for key in sorted(kept)]
-        narrow = {key: value for key, value in config.items() if key != LAYER_WIDTHS}
-        narrow |= {"intermediate_size": max(widths), **(self._with_biases() if output_bias else {})}
-        return narrow if len(set(widths)) == 1 else {**narrow, LAYER_WIDTHS: widths}
+        by_part: dict[str, list[int]] = {}
+        for key in sorted(kept):
+            by_part.setdefault(Site.from_key(key).part, []).append(kept[key])
+        narrow = dict(config)
+        if widths := by_part.get(PART):
+            narrow.pop(LAYER_WIDTHS, None)
+            narrow |= {self.width_key: max(widths), **(self._with_biases() if output_bias else {})}
+            narrow |= {} if len(set(widths)) == 1 else {LAYER_WIDTHS: widths}
+        return attention.with_groups(narrow, groups) if (groups := by_part.get(attention.PART)) else narrow
 
     @abstractmethod
     def _with_biases(self) -> dict[str, Any]:

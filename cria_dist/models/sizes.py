@@ -1,12 +1,13 @@
 """What is known of a model without its weights: parameters by place, and the shapes its memory depends on."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 
 from cria_dist.models import checkpoint
-from cria_dist.models.mlp import MlpFamily, ModelDict
+from cria_dist.models.mlp import PART, MlpFamily, ModelDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Sizes:
         embedding: parameters of what makes hidden states of tokens or images.
         head: parameters outside the decoder or encoder, none if the head is the embedding.
         shared: parameters of the decoder or encoder that every block holds (the final norm).
-        widths: units of every layer.
+        widths: signals of every layer: one per neuron, and the inputs of the output map where heads are observed.
         hidden: width of the hidden state.
         heads: attention heads.
         kv_heads: heads of keys and values.
@@ -42,7 +43,7 @@ class Sizes:
     stores_attention: bool
 
 
-def sizes_of(config: ModelDict, family: MlpFamily) -> Sizes:
+def sizes_of(config: ModelDict, family: MlpFamily, parts: Collection[str] = (PART,)) -> Sizes:
     """Numbers of the model a config.json describes, counted on the meta device (0.3 s for 70B parameters)."""
     model = checkpoint.empty_model(config)
     parsed = model.config
@@ -51,8 +52,8 @@ def sizes_of(config: ModelDict, family: MlpFamily) -> Sizes:
     per_layer = tuple(_count(layer) for layer in layers)
     embedding = _count(model.get_submodule(family.embedding))
     widths = [0] * len(per_layer)
-    for site, width in family.widths(config).items():
-        widths[site.layer] += width
+    for site, width in family.widths(config, parts).items():
+        widths[site.layer] += width * family.span(site, config)
     return Sizes(
         parameters=_count(model),
         layers=per_layer,

@@ -5,14 +5,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from cria_dist.errors import PlanError
 from cria_dist.models import checkpoint, depth
 from cria_dist.models.mlp import MlpFamily, ModelDict
+from cria_dist.models.streaming import Piece, WindowReader, in_memory, write_pieces
 from cria_dist.records import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Units that stay.
+
+    Attributes:
+        kept_S: their indices, ascending.
+        units: how many there are.
+        stack: maps that lie one below the other in a tensor of input maps.
+    """
+
+    kept_S: torch.Tensor
+    units: int
+    stack: int = 1
+
+    def of(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """A tensor with the kept units only; every unit has the same number of consecutive rows along ``dim``."""
+        kept_S = self.kept_S.to(tensor.device)
+        if tensor.shape[dim] == self.units:
+            return tensor.index_select(dim, kept_S).contiguous()
+        parts = tensor.unflatten(dim, (self.stack if dim == 0 else 1, self.units, -1))
+        return parts.index_select(dim + 1, kept_S).flatten(dim, dim + 2).contiguous()
 
 
 @dataclass(frozen=True)
@@ -37,36 +60,40 @@ class Surgery:
         """Config of the pruned model."""
         widths = {key: len(kept) for key, kept in depth.within_layers(self.kept).items()}
         narrowed = self.family.narrowed(self.config, widths, self.output_bias) if widths else self.config
-        return depth.shallower(narrowed, self.layers)
+        return depth.shallower(narrowed, self.layers, self.family.width_key)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that stay, in the numbering of the model operated on."""
         return depth.surviving(self.kept, self.config)
 
-    def selections(self) -> dict[str, tuple[torch.Tensor, int]]:
-        """For each tensor that changes: the kept indices and the dimension they select along.
+    def selections(self) -> dict[str, tuple[Selection, int]]:
+        """For each tensor that changes: the kept units and the dimension they lie along.
 
         Raises:
             PlanError: the plan has other sites than the model, or indices that are not distinct units in order.
         """
-        widths = {site.key: width for site, width in self.family.widths(self.config).items()}
         planned = depth.within_layers(self.kept)
         if not planned and depth.removes_layers(self.kept):
             return {}
+        parts, stay = {key.rpartition(".")[2] for key in planned}, self.layers
+        widths = {site.key: width for site, width in self.family.widths(self.config, parts).items()}
         if planned.keys() != widths.keys():
             odd = min(planned.keys() ^ widths.keys())
             raise PlanError(f"the plan does not fit the model: {odd} is in one of the two only; decide again")
-        chosen: dict[str, tuple[torch.Tensor, int]] = {}
+        chosen: dict[str, tuple[Selection, int]] = {}
         for key, kept in planned.items():
+            if Site.from_key(key).layer not in stay:
+                continue
             if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= widths[key]:
                 raise PlanError(
                     f"the plan does not fit the model at {key}: {len(kept)} indices are not distinct units in order, "
                     f"below the width {widths[key]}; decide again"
                 )
-            index = torch.tensor(kept, dtype=torch.int64)
+            stack = self.family.stack(Site.from_key(key))
+            selection = Selection(torch.tensor(kept, dtype=torch.int64), widths[key], stack)
             for name, dim in self.family.coupled_tensors(Site.from_key(key), self.config).items():
-                chosen[name] = (index, dim)
+                chosen[name] = (selection, dim)
         return chosen
 
     def replacements(self) -> dict[str, torch.Tensor]:
@@ -75,15 +102,20 @@ class Surgery:
             return {}
         return {
             name: tensor
-            for key in depth.within_layers(self.kept)
+            for key in self._repaired()
             for name, tensor in load_file(self.repair / f"{key}.safetensors").items()
         }
+
+    def _repaired(self) -> list[str]:
+        """Sites within the layers that stay."""
+        stay = set(self.layers)
+        return [key for key in depth.within_layers(self.kept) if Site.from_key(key).layer in stay]
 
     def zero_biases(self) -> dict[str, int]:
         """Names and sizes of input biases that exist only because the repair gave the output map one."""
         if not self.output_bias or self.family.has_bias(self.config):
             return {}
-        sites = {key: self.family.modules(Site.from_key(key)) for key in depth.within_layers(self.kept)}
+        sites = {key: self.family.modules(Site.from_key(key)) for key in self._repaired()}
         return {
             f"{name}.bias": len(self.kept[key]) for key, modules in sites.items() for name in modules.inputs.values()
         }
@@ -108,7 +140,7 @@ def pruned_copy(model: PreTrainedModel, surgery: Surgery) -> PreTrainedModel:
 
 
 def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
-    """Write the pruned checkpoint, one weight file in memory at a time; files that are there are kept.
+    """Write the pruned checkpoint, one tensor in memory at a time; files that are there are kept.
 
     Args:
         source: checkpoint to prune.
@@ -121,36 +153,42 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
     locations = {name: file for file, names in files.items() for name in names}
     for file, names in files.items():
         if not (target / file).exists():
-            tensors = _read_pruned(source / file, names, selections, replacements)
-            tensors |= _additions(file, locations, surgery, replacements, next(iter(tensors.values())).dtype)
-            left = depth.renumbered(tensors, surgery.family.on_disk(f"{surgery.family.layers}."), surgery.layers)
+            pieces = _pruned_pieces(source / file, names, selections, replacements)
+            new = _additions(file, locations, surgery, replacements, next(iter(pieces.values())).like.dtype)
+            pieces |= {name: in_memory(tensor) for name, tensor in new.items()}
+            left = depth.renumbered(pieces, surgery.family.on_disk(f"{surgery.family.layers}."), surgery.layers)
             if left:
-                checkpoint.write_weights(target / file, left)
+                write_pieces(target / file, left)
     checkpoint.finish(source, target, config)
 
 
 def _operate(
     name: str,
     tensor: torch.Tensor,
-    selections: Mapping[str, tuple[torch.Tensor, int]],
+    selections: Mapping[str, tuple[Selection, int]],
     replacements: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
     if name in replacements:
         return replacements[name].to(tensor.device, tensor.dtype)
     if name in selections:
-        index, dim = selections[name]
-        return tensor.index_select(dim, index.to(tensor.device)).contiguous()
+        selection, dim = selections[name]
+        return selection.of(tensor, dim)
     return tensor
 
 
-def _read_pruned(
+def _pruned_pieces(
     path: Path,
     names: list[str],
-    selections: Mapping[str, tuple[torch.Tensor, int]],
+    selections: Mapping[str, tuple[Selection, int]],
     replacements: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as handle:
-        return {name: _operate(name, handle.get_tensor(name), selections, replacements) for name in names}
+) -> dict[str, Piece]:
+    reader = WindowReader(path)
+
+    def piece(name: str) -> Piece:
+        like = _operate(name, reader.like(name), selections, replacements)
+        return Piece(like, lambda: _operate(name, reader.read(name), selections, replacements))
+
+    return {name: piece(name) for name in names}
 
 
 def _additions(

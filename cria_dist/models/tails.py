@@ -50,6 +50,15 @@ class TailModel:
             return self.model(inputs_embeds=hidden_STD, use_cache=False).logits
 
     @contextmanager
+    def without(self, layer: int) -> Generator[None]:
+        """The model with a layer that hands the hidden state through, until the block ends."""
+        kept, self._own[layer] = self._own[layer], self._stand_ins[layer]
+        try:
+            yield
+        finally:
+            self._own[layer] = kept
+
+    @contextmanager
     def _only(self, first: int, stop: int, hidden_STD: torch.Tensor | None) -> Generator[Passage]:
         """Run these layers only, on a hidden state of ours; with none of them it is the embedding that is kept."""
         passage = Passage()

@@ -17,7 +17,7 @@ from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import Block
 from cria_dist.models.family import family_of
-from cria_dist.models.mlp import LAYER_WIDTHS, MlpFamily, ModelDict
+from cria_dist.models.mlp import MlpFamily, ModelDict, layers_differ
 from cria_dist.models.ranks import Ranks
 
 
@@ -35,9 +35,9 @@ def tensor_ranks_problem(model_config: ModelDict, ranks: int) -> str | None:
         Rule and remedy for a ConfigError, or None if they can.
     """
     family = family_of(model_config)
-    if family.takes == "images":
+    if family.takes != "tokens":
         return f"transformers has no plan to share the layers of {family.model_type!r}; take record.schedule=sweep"
-    if LAYER_WIDTHS in model_config:
+    if layers_differ(model_config):
         return "transformers cannot share layers of different widths; take record.schedule=sweep"
     settings: Any = AutoConfig.for_model(**model_config)
     heads = int(settings.num_attention_heads)

@@ -8,6 +8,7 @@ from cria_dist.pipeline.results import Measured
 from cria_dist.pipeline.rounds import Model
 from cria_dist.records import Report, Stage
 from cria_dist.report.writer import write_report
+from cria_dist.stages.model_card import write_cards
 from cria_dist.store.recording import Recording
 
 __all__ = ["Context", "Train", "prune"]
@@ -43,6 +44,7 @@ def prune(context: Context, command: str = "", until: Stage = "evaluate") -> Rep
     measured = measure(context, shrunk.model, recovered, compared)
     report, evidence = results.collect_report(context, command, rounds.round_folder(context, 0), shrunk.model, measured)
     write_report(report, evidence, context.job.folder)
+    write_cards(report, context.job.model_dir, context.job.folder)
     return report
 
 

@@ -1,8 +1,9 @@
 """The global decision: the budget of a round spread over its sites, and never worse than spread evenly."""
 
 import functools
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,13 @@ import numpy as np
 
 from cria_dist import files
 from cria_dist.maths.allocation_curves import Curve, measured_widths, sensitivity_widths
+from cria_dist.maths.allocation_mixed import mixed_widths
 from cria_dist.maths.allocation_rooms import Room, even_widths
 from cria_dist.maths.allocation_scores import global_widths
+from cria_dist.models import depth
 from cria_dist.pipeline.context import Context
 from cria_dist.records import Site
-from cria_dist.stages.budget import HELD_OUT, budget_of, held_out, rooms_of
+from cria_dist.stages.budget import CURVE_TOKENS, HELD_OUT, budget_of, held_out, rooms_of, sites_of
 from cria_dist.stages.losses import LossTask, Probe, Trial, adopt, read_losses, trial
 from cria_dist.stages.sensitivity import CurveMeter, PlanMeter
 from cria_dist.store import places, site_scores
@@ -67,15 +70,29 @@ def spread_widths(context: Context, folder: Path, model: "Model", analysis: str,
         keep = {key: site_scores.read_scores(folder, Site.from_key(key)).keep_N for key in spread.rooms}
         widths = global_widths(keep, spread.rooms, spread.left)
     else:
-        widths = sensitivity_widths(_curves(context, spread), spread.rooms, spread.left)
+        widths = _least_loss(_curves(context, spread), spread)
     candidates = {"uniform": even, chosen_by: widths}
     losses = _losses(context, spread.task, [trial(name, widths) for name, widths in candidates.items()])
     return candidates[_tell(context, spread, candidates, losses)]
 
 
+def _least_loss(curves: Mapping[str, Curve], spread: Spread) -> dict[str, int]:
+    """The best widths by the measured curves; whole layers are weighed against the units inside them."""
+    layers = [key for key in spread.rooms if Site.from_key(key).part == depth.PART]
+    if not layers:
+        return sensitivity_widths(curves, spread.rooms, spread.left)
+    inside = {key: [other for other in spread.rooms if other != key and _same_layer(other, key)] for key in layers}
+    return mixed_widths(curves, spread.rooms, spread.left, inside)
+
+
+def _same_layer(key: str, other: str) -> bool:
+    return Site.from_key(key).layer == Site.from_key(other).layer
+
+
 def _spread(context: Context, folder: Path, model: "Model", analysis: str, index: int) -> Spread:
     job, prune = context.job, context.job.config.prune
-    dense = {site.key: width for site, width in job.widths.items()}
+    sites = sites_of(job.config, job.family, job.model_config)
+    dense = {site.key: width for site, width in sites.items()}
     present = dense if model.plan is None else {key: len(model.plan.kept[key]) for key in dense}
     budget = budget_of(job.config, job.family, job.model_config, job.dense_parameters)
     seen, sequences = held_out(job.config)
@@ -94,13 +111,13 @@ def _spread(context: Context, folder: Path, model: "Model", analysis: str, index
         ridge=prune.ridge,
         digest=files.digest("losses", analysis, [prune.repair, prune.ridge, seen, *numerics]),
     )
-    rooms = rooms_of(prune, budget, job.widths, present)
-    return Spread(rooms, budget.left(job.widths, prune, index), task)
+    rooms = rooms_of(prune, budget, sites, present)
+    return Spread(rooms, budget.left(sites, prune, index), task)
 
 
 def _curves(context: Context, spread: Spread) -> dict[str, Curve]:
     """The measured losses of every site that has room, and of the whole model."""
-    task = spread.task
+    task = _for_curves(spread.task, context.job.config.data.sequence_length)
     probes = [Probe(Site.from_key(key), measured_widths(one)) for key, one in sorted(spread.rooms.items())]
     probes = [probe for probe in probes if probe.widths]
     missing = [probe for probe in probes if read_losses(task.folder, probe, task.digest) is None]
@@ -114,6 +131,14 @@ def _curves(context: Context, spread: Spread) -> dict[str, Curve]:
         )
         for probe in probes
     }
+
+
+def _for_curves(task: LossTask, length: int) -> LossTask:
+    """Every site is measured at several widths: on the first held-out sequences only, where there are many."""
+    few = task.sequences[: math.ceil(CURVE_TOKENS / length)]
+    if few == task.sequences:
+        return task
+    return replace(task, sequences=few, digest=files.digest("curves", task.digest, [few.start, few.stop]))
 
 
 def _losses(context: Context, task: LossTask, trials: list[Trial]) -> dict[str, float]:
@@ -135,15 +160,13 @@ def _tell(
 ) -> str:
     """Choose the better allocation, tell the user and write the facts; returns its name."""
     kept = min(candidates, key=lambda name: losses[name])  # the first of equals
-    data, widths = context.job.config.data, candidates[kept].values()
+    data, widths = context.job.config.data, candidates[kept]
     scored = len(spread.task.sequences) * (data.sequence_length - 1)
     found = ", ".join(f"{name} {losses[name]:.4f}" for name in candidates)
     context.progress.note(f"allocation: {kept} widths kept; loss on {scored:,} held-out calibration tokens: {found}")
-    if len(set(widths)) > 1:
-        context.progress.note(
-            f"allocation: widths {min(widths)} to {max(widths)}; load the checkpoint with cria_dist.load_pruned, "
-            "stock from_pretrained refuses it"
-        )
+    ranges = _ranges(widths)
+    if ranges:
+        context.progress.note(f"allocation: {ranges}; load the checkpoint with cria_dist.load_pruned where they differ")
     rooms, measure = spread.rooms, context.job.config.prune.budget
     spent = {name: sum(width * rooms[key].unit_cost for key, width in one.items()) for name, one in candidates.items()}
     record = {
@@ -155,3 +178,14 @@ def _tell(
     }
     files.write_json(spread.task.folder / FACTS, record)
     return kept
+
+
+def _ranges(widths: Mapping[str, int]) -> str:
+    """Least and most units of a layer that stays, by kind, where they differ; and the layers that go."""
+    gone = [Site.from_key(key).layer for key, width in widths.items() if key.endswith(f".{depth.PART}") and not width]
+    by_part: dict[str, set[int]] = {}
+    for key, width in widths.items():
+        if width:
+            by_part.setdefault(Site.from_key(key).part, set()).add(width)
+    found = [f"{part} widths {min(some)} to {max(some)}" for part, some in sorted(by_part.items()) if len(some) > 1]
+    return ", ".join([*found, *([f"without layers {', '.join(map(str, gone))}"] if gone else [])])

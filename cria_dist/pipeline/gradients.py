@@ -1,6 +1,7 @@
 """The gradients a method asks for: taken once per model and sample, shard by shard on the pool."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 from cria_dist import files
@@ -29,12 +30,14 @@ def take_gradients(
     digest = files.digest(
         "gradients",
         model_digest,
-        job.calibration_digest,
+        *job.training_digests,
         [[shard.start, shard.stop] for shard in shards],
         [job.numerics.dtype, job.numerics.matmul],
+        *job.other_parts,
     )
     saliences = Saliences(folder / "gradients", digest, tuple(shard.stop - shard.start for shard in shards))
-    task = gradients.GradientTask(model_dir, job.calibration_path, job.numerics, saliences)
+    task = gradients.GradientTask(model_dir, job.calibration_path, job.numerics, saliences, job.config.prune.parts)
+    task = replace(task, labels_path=job.calibration_labels_path)
     missing = [shard for shard in shards if not saliences.has(shard.number)]
     make = functools.partial(gradients.GradientTaker, task)
     context.map((name, "shards"), make, missing, tokens=lambda tokens: tokens)

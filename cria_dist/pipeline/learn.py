@@ -1,5 +1,6 @@
 """The gates a method asks for: learned once per model and recipe, by training workers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from cria_dist import files
@@ -30,7 +31,7 @@ def learn_gates(
     digest = files.digest(
         "learn",
         model_digest,
-        job.calibration_digest,
+        *job.training_digests,
         method.model_dump(mode="json"),
         [job.numerics.matmul, job.config.seed],
     )
@@ -40,8 +41,9 @@ def learn_gates(
         return gates
     log_path = folder / "learn" / f"loss-{digest[:8]}.jsonl"
     task = LearnTask(model_dir, job.calibration_path, gates, log_path, method, job.numerics.matmul, job.config.seed)
+    task = replace(task, labels_path=job.calibration_labels_path)
     context.pool.release()
-    tokens_per_step = method.batch_sequences * method.sequence_length
+    tokens_per_step = method.batch_sequences * (method.sequence_length if task.labels_path is None else 1)
     with (
         context.stage(name, method.steps, "steps") as bar,
         following(log_path, bar.advance, tokens_per_step),

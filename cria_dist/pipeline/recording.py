@@ -31,6 +31,7 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
         config.record.content_part(),
         [job.numerics.dtype, job.numerics.matmul, config.seed],
         *(["hidden"] if config.records_hidden else []),
+        *job.other_parts,
     )
     recording = open_recording(folder, config.record.storage, digest)
     if recording.is_complete():
@@ -43,7 +44,7 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
     _observe(context, name, recording, model_dir)
     observed = checkpoint.read_config(model_dir)
     layers = depth.layer_sites(observed) if config.records_hidden else ()
-    recording.write_manifest([*job.family.widths(observed), *layers], shards)
+    recording.write_manifest([*job.family.widths(observed, config.prune.parts), *layers], shards)
     boundary.delete_all(recording)
     return recording
 
@@ -61,11 +62,12 @@ def _observe(context: Context, name: str, recording: Recording, model_dir: Path)
         sampled_tokens=config.record.tokens,
         seed=config.seed,
         hidden=config.records_hidden,
+        parts=config.prune.parts,
     )
     chosen = schedule.choose(config, checkpoint.read_config(model_dir), context.pool)
     context.progress.note(f"{name}: {chosen.kind}, {chosen.reason}")
     shards = num_shards(config)
-    parts = ("mlp", depth.PART) if config.records_hidden else ("mlp",)
+    parts = (*config.prune.parts, *([depth.PART] if config.records_hidden else []))
     items = schedule.pending(chosen, shards, recording.committed(), boundary.stored(recording), parts)
     total = shards * len(chosen.blocks)
     if 0 < len(items) < total:

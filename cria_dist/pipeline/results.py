@@ -11,6 +11,7 @@ from cria_dist.methods import Method
 from cria_dist.models import checkpoint
 from cria_dist.pipeline import rounds, weights
 from cria_dist.pipeline.context import Context
+from cria_dist.pipeline.protocol import protocol
 from cria_dist.pipeline.rounds import Model
 from cria_dist.records import Evaluation, Generation, PruningPlan, Report, SiteEvidence
 from cria_dist.report.versions import machine_and_versions
@@ -44,9 +45,10 @@ def _recovery_digest(context: Context, pruned: Model) -> str:
     return files.digest(
         "recover",
         pruned.digest,
-        job.digests["calibration_tokens"],
+        *job.training_digests,
         config.content_part(),
         [job.numerics.matmul, job.config.seed],
+        *job.other_parts,
         *([job.digests["model"], job.numerics.dtype] if config.distill else []),
     )
 
@@ -67,9 +69,10 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
     task = recover.RecoverTask(
         pruned.directory, job.calibration_path, target, log_path, config, job.numerics.matmul, job.config.seed, teacher
     )
-    task = replace(task, held=weights.held_zeros(job.config.method, pruned.directory))
+    held = weights.held_zeros(job.config.method, pruned.directory)
+    task = replace(task, held=held, labels_path=job.calibration_labels_path, parts=job.config.prune.parts)
     context.pool.release()
-    tokens_per_step = config.batch_sequences * config.sequence_length
+    tokens_per_step = config.batch_sequences * (config.sequence_length if task.labels_path is None else 1)
     with (
         context.stage("recover", config.steps, "steps") as bar,
         recover.following(log_path, bar.advance, tokens_per_step),
@@ -132,15 +135,19 @@ def main_variants(context: Context, dense: Model, pruned: Model, recovered: Mode
 
 
 def evaluate_variants(context: Context, variants: Sequence[DigestedVariant]) -> list[Evaluation]:
-    """Perplexity and size of every variant, in order; measured ones are read back."""
+    """Perplexity or accuracy, and size, of every variant, in order; measured ones are read back."""
     job, settings = context.job, context.job.config.evaluate
     paths = {}
     for variant, digest in variants:
         numerics = [job.numerics.dtype, job.numerics.matmul, settings.batch_sequences]
-        key = files.digest("evaluate", digest, job.digests["test_tokens"], numerics)
+        key = files.digest("evaluate", digest, *job.test_digests, numerics)
         paths[variant] = job.folder / "evaluations" / f"{key[:16]}.json"
-    missing = [variant for variant, path in paths.items() if not path.is_file()]
-    make = functools.partial(evaluate.PerplexityMeter, job.test_path, job.numerics, settings.batch_sequences, paths)
+    missing = [variant for variant, path in paths.items() if not (path.is_file() or _taken_over(path))]
+    if job.test_labels_path is None:
+        meter = functools.partial(evaluate.PerplexityMeter, job.test_path)
+    else:
+        meter = functools.partial(evaluate.AccuracyMeter, (job.test_path, job.test_labels_path))
+    make = functools.partial(meter, job.numerics, settings.batch_sequences, paths)
     context.map(("evaluate", "variants"), make, missing, tokens=lambda done: done.scored_tokens)
     return [
         replace(Evaluation(**files.read_json(path)), label=variant.label, method=variant.method, repair=variant.repair)
@@ -148,19 +155,30 @@ def evaluate_variants(context: Context, variants: Sequence[DigestedVariant]) -> 
     ]
 
 
+def _taken_over(path: Path) -> bool:
+    """Whether a neighbouring run measured the same variant on the same data: the dense model's result is everyone's."""
+    for other in sorted(path.parents[2].glob(f"*/evaluations/{path.name}")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(path, other.read_bytes())
+        return True
+    return False
+
+
 def demonstrate_variants(
     context: Context, variants: Sequence[DigestedVariant], evaluations: Sequence[Evaluation]
 ) -> tuple[list[Evaluation], tuple[Generation, ...]]:
     """Add latency to the evaluations, and let every variant write the example texts."""
     job, settings = context.job, context.job.config.evaluate
-    key = files.digest(
-        "demonstrate", [digest for _, digest in variants], settings.model_dump(), job.digests["test_tokens"]
-    )
+    if job.test_labels_path is not None and not settings.latency_repeats:
+        return list(evaluations), ()  # a classifier writes no texts
+    key = files.digest("demonstrate", [digest for _, digest in variants], settings.model_dump(), *job.test_digests)
     path = job.folder / "evaluations" / f"demonstration-{key[:16]}.json"
     if not path.is_file():
         task = demonstrate.Demonstration(
             job.test_path, job.numerics, settings.prompts, settings.new_tokens, os.cpu_count() or 1
         )
+        if job.test_labels_path is not None:
+            task = replace(task, examples=settings.batch_sequences)
         visits = demonstrate.alternating_visits([variant for variant, _ in variants], settings.latency_repeats)
         context.pool.release()  # the timed process must have the machine to itself
         make = functools.partial(demonstrate.Demonstrator, task)
@@ -173,19 +191,27 @@ def demonstrate_variants(
 
 
 def verify_exports(context: Context, pruned: Model, recovered: Model | None) -> dict[str, str]:
-    """Load the checkpoints in a process without this package and compare logits; a finding is kept."""
+    """Load the checkpoints in a process without this package and compare logits; a finding is kept.
+
+    What the run ends with is held against the loaders of other programs too.
+    """
     job = context.job
     exports: list[verify.Export] = []
     for model in (pruned, recovered):
         if model is not None:
-            key = files.digest("verify", model.digest, job.digests["test_tokens"], job.numerics.dtype)
+            final = model is (recovered or pruned)
+            key = files.digest("verify", model.digest, *job.test_digests, job.numerics.dtype, final)
             record = job.folder / "evaluations" / f"verified-{key[:16]}.json"
-            exports.append(verify.Export(model.directory, _reference(context, model), record))
+            exports.append(verify.Export(model.directory, _reference(context, model), record, final))
     missing = [export for export in exports if not export.record.is_file()]
     make = functools.partial(verify.Verifier, job.test_path, job.numerics.dtype)
     context.map(("verify", "checkpoints"), make, missing, workers=1)
-    findings = {export.directory.name: files.read_json(export.record)["finding"] for export in exports}
-    return {f"transformers, {name}": finding for name, finding in findings.items()}
+    found: dict[str, str] = {}
+    for export in exports:
+        record = files.read_json(export.record)
+        found[f"transformers, {export.directory.name}"] = record["finding"]
+        found |= {f"{loader}, {export.directory.name}": verdict for loader, verdict in record["others"].items()}
+    return found
 
 
 def _reference(context: Context, model: Model) -> Variant:
@@ -196,36 +222,6 @@ def _reference(context: Context, model: Model) -> Variant:
     folder, kind = rounds.round_folder(context, 0), job.repair
     repaired = weights.masks_of(job.config.method, folder) if kind == "none" else folder / "repair"
     return Variant("reference", job.model_dir, "", kind, folder / "plan.json", repaired)
-
-
-def protocol(context: Context) -> tuple[str, ...]:
-    """How the numbers were measured, one sentence each."""
-    data, config = context.job.config.data, context.job.config
-    return (
-        f"Perplexity: exp of the token mean of the negative log likelihood over {data.test_sequences} non-overlapping "
-        f"sequences of {data.sequence_length} tokens of {data.test.source} (part: {data.test.part}), each without "
-        f"context before it, computed in {config.model.dtype} (matrix products: {config.model.matmul}).",
-        f"Calibration: {data.calibration_sequences} sequences of {data.sequence_length} tokens of "
-        f"{data.calibration.source} (part: {data.calibration.part}); the recovery trains on the same text, the dense "
-        "model is not fine-tuned on it.",
-        f"Latency: median of {config.evaluate.latency_repeats} visits, variants alternating; one forward pass over a "
-        f"test sequence (prefill), {demonstrate.DECODED_TOKENS} greedy tokens at batch 1 (decode), all CPU threads of "
-        "this machine or its GPU.",
-        "Parameters: counted on the real tensors, tied weights once; the reduction is removed over dense parameters.",
-        "Compared methods: one shot, the same widths, with and without the same repair.",
-        *_layers_beside_neurons(context),
-        *weights.protocol(context),
-    )
-
-
-def _layers_beside_neurons(context: Context) -> tuple[str, ...]:
-    """What must be known of a comparison between methods that remove neurons and methods that remove layers."""
-    config = context.job.config
-    if not {method.unit for method in (config.method, *config.compare)} >= {"mlp", "layer"}:
-        return ()
-    equal = "" if config.prune.budget != "units" else ", which is not the same number of parameters"
-    share = "neurons of each layer, or of the layers" if config.prune.budget == "units" else config.prune.budget
-    return (f"Whole layers and neurons: the ratio is the share of the {share}{equal}; removed layers get no repair.",)
 
 
 def collect_report(

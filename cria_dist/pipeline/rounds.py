@@ -12,7 +12,7 @@ from cria_dist.methods import Method
 from cria_dist.methods.layers import LayerMethod
 from cria_dist.methods.weights import WeightMethod
 from cria_dist.models import checkpoint, surgery
-from cria_dist.models.depth import removes_layers
+from cria_dist.models.depth import PART, within_layers
 from cria_dist.pipeline import allocation, depth, weights
 from cria_dist.pipeline.context import Context
 from cria_dist.pipeline.gradients import take_gradients
@@ -21,6 +21,7 @@ from cria_dist.pipeline.recording import record_model
 from cria_dist.pool import Flow
 from cria_dist.records import PruningPlan, Site
 from cria_dist.stages import analyse, decide, memory, repair
+from cria_dist.stages.budget import multiple_of, sites_of
 from cria_dist.stages.decide import Accounts
 from cria_dist.store import site_scores
 from cria_dist.store.recording import Recording
@@ -115,11 +116,11 @@ def decide_round(
         widths = _even_widths(context, index)
     else:
         widths = allocation.spread_widths(context, folder, model, analysis, index)
-    survivors = {key: decide.select(site_scores.read_scores(folder, Site.from_key(key)), widths[key]) for key in widths}
+    survivors = {key: _survivors(folder, Site.from_key(key), width) for key, width in widths.items()}
     plan = decide.make_plan(
         decide.compose(survivors, model.plan),
-        {site.key: width for site, width in job.widths.items()},
-        Accounts(job.dense_parameters, job.family.unit_cost(job.model_config), job.added_parameters(survivors)),
+        {site.key: width for site, width in sites_of(job.config, job.family, job.model_config).items()},
+        Accounts(job.dense_parameters, job.unit_parameters, job.added_parameters(survivors)),
         method.title,
         digest,
     )
@@ -127,11 +128,18 @@ def decide_round(
     return plan
 
 
+def _survivors(folder: Path, site: Site, width: int) -> tuple[int, ...]:
+    """The units that stay at a site; a whole layer is its own one unit, and nothing stays inside one that goes."""
+    if site.part == PART or not width:
+        return tuple(range(width))
+    return decide.select(site_scores.read_scores(folder, site), width)
+
+
 def _even_widths(context: Context, index: int) -> dict[str, int]:
     """Units per site after a round, the same share of each."""
     job, prune, final = context.job, context.job.config.prune, context.job.final_widths
     return {
-        site.key: width_after_round(width, final[site.key], prune.rounds, index, prune.multiple)
+        site.key: width_after_round(width, final[site.key], prune.rounds, index, multiple_of(prune, site))
         for site, width in sorted(job.widths.items())
     }
 
@@ -158,7 +166,7 @@ def repair_sites(
     prune = context.job.config.prune
     if prune.repair == "none":
         return None
-    if removes_layers(plan.kept):
+    if not within_layers(plan.kept):
         context.progress.note(f"{name}: whole layers leave, there are no output weights to repair")
         return None
     task = repair.RepairTask(
@@ -170,7 +178,8 @@ def repair_sites(
         folder=folder / "repair",
         digest=files.digest("repair", plan.to_json(), recording.digest, prune.repair, prune.ridge),
     )
-    missing = [site for site in sorted(context.job.widths) if not repair.is_repaired(task.folder, site, task.digest)]
+    sites = [site for site in sorted(context.job.widths) if task.kept[site.key]]
+    missing = [site for site in sites if not repair.is_repaired(task.folder, site, task.digest)]
     context.map((name, "sites"), functools.partial(repair.Repairer, task), missing)
     return task.folder
 

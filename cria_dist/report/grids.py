@@ -7,6 +7,7 @@ import numpy as np
 
 from cria_dist.records import Evaluation, Report, SiteEvidence
 from cria_dist.report import text
+from cria_dist.report.metrics import metric_of
 
 DEAD_FACTS = frozenset({"dead", "dead_units"})
 
@@ -70,8 +71,8 @@ def contenders(report: Report) -> tuple[Contender, ...]:
 
 def variants_grid(report: Report) -> Grid:
     """Size, quality and speed of each variant."""
-    dense = variant(report, "dense")
-    base = dense.perplexity if dense else None
+    dense, metric = variant(report, "dense"), metric_of(report)
+    base = metric.of(dense) if dense else None
 
     def row(one: Evaluation) -> tuple[str, ...]:
         removed = text.percent(1 - one.parameters / dense.parameters) if dense else text.ABSENT
@@ -79,8 +80,8 @@ def variants_grid(report: Report) -> Grid:
             one.label,
             text.count(one.parameters),
             removed,
-            text.perplexity(one.perplexity),
-            text.times(one.perplexity, base),
+            metric.show(metric.of(one)),
+            metric.beside(metric.of(one), base),
             text.milliseconds(one.prefill_ms),
             text.milliseconds(one.decode_ms),
             text.megabytes(one.weight_bytes),
@@ -90,8 +91,8 @@ def variants_grid(report: Report) -> Grid:
         "variant",
         "parameters",
         "removed",
-        "perplexity",
-        "x dense",
+        metric.name,
+        metric.heading,
         "prefill (ms)",
         "decode (ms/token)",
         "weights (MB)",
@@ -100,16 +101,16 @@ def variants_grid(report: Report) -> Grid:
 
 
 def comparison_grid(report: Report) -> Grid:
-    """Perplexity of each method at the same ratio."""
-    dense = variant(report, "dense")
-    base = dense.perplexity if dense else None
+    """Quality of each method at the same ratio."""
+    dense, metric = variant(report, "dense"), metric_of(report)
+    base = metric.of(dense) if dense else None
 
     def cell(one: Evaluation | None) -> str:
-        return f"{text.perplexity(one.perplexity)} ({text.times(one.perplexity, base)})" if one else text.ABSENT
+        return f"{metric.show(metric.of(one))} ({metric.beside(metric.of(one), base)})" if one else text.ABSENT
 
     rows = tuple((one.name, cell(one.pruned), cell(one.repaired), cell(one.recovered)) for one in contenders(report))
     header = ("method", "pruned", "repaired", "recovered")
-    return Grid("Perplexity (x dense) by method at the same ratio", header, rows)
+    return Grid(f"{metric.name.capitalize()} ({metric.heading}) by method at the same ratio", header, rows)
 
 
 def generations_grid(report: Report) -> Grid:

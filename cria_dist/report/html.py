@@ -10,9 +10,11 @@ from pathlib import Path
 from cria_dist.records import Evaluation, Report, SiteEvidence
 from cria_dist.report import grids, text
 from cria_dist.report.grids import Grid
+from cria_dist.report.metrics import ACCURACY, metric_of
 
 CAPTIONS = {
     "perplexity": "Perplexity of this run's variants and of the compared methods at the same ratio, on the same text.",
+    "accuracy": "Accuracy of this run's variants and of the compared methods at the same ratio, on the same examples.",
     "layers": "The score of each layer in the first round; the layer with the lowest goes first.",
     "kept_widths": "How many units each layer keeps.",
     "scores": "Each row is the histogram of one layer's scores, scaled to its own peak. A unit with a higher score is "
@@ -25,7 +27,7 @@ CAPTIONS = {
     "stages": "Time of the stages in the invocation that computed them.",
 }
 COMPARISON_NOTE = (
-    "The compared methods remove the same ratio in one shot, are measured on the same text and get no recovery. "
+    "The compared methods remove the same ratio in one shot, are measured on the same data and get no recovery. "
     "Every row is listed as it came out, the score exactly as the paper gives it too, also where a simpler one does "
     "better."
 )
@@ -63,9 +65,11 @@ def headline(report: Report) -> str:
     done = f"removed {ratio} of the parameters ({text.count(dense.parameters)} to {text.count(end.parameters)})"
     if end.parameters == dense.parameters:
         done = f"set {ratio} of the {text.count(dense.parameters)} parameters to zero"
-    quality = f"{text.perplexity(dense.perplexity)} to {text.perplexity(end.perplexity)}"
-    change = text.times(end.perplexity, dense.perplexity)
-    return f"{end.method} {done}; perplexity went from {quality} ({change}, {end.label}){_speed(dense, end)}."
+    metric = metric_of(report)
+    before, after = metric.of(dense), metric.of(end)
+    quality = f"{metric.show(before)} to {metric.show(after)}"
+    change = f"{metric.beside(after, before)}{' points' if metric is ACCURACY else ''}"
+    return f"{end.method} {done}; {metric.name} went from {quality} ({change}, {end.label}){_speed(dense, end)}."
 
 
 def escape(data: str) -> str:

@@ -16,6 +16,7 @@ from cria_dist.report.canvas import COLOURS, KEPT, STYLE, canvas, plain_log_tick
 from cria_dist.report.depth_plots import layers, units_leave
 from cria_dist.report.grids import contenders, variant
 from cria_dist.report.layer_plots import kept_widths, residuals, scores, spectra
+from cria_dist.report.metrics import ACCURACY, PERPLEXITY, Metric, metric_of
 
 
 def draw_all(report: Report, evidence: Sequence[SiteEvidence], folder: Path) -> tuple[Path, ...]:
@@ -26,7 +27,7 @@ def draw_all(report: Report, evidence: Sequence[SiteEvidence], folder: Path) -> 
     drawn: list[Path] = []
     with mpl.rc_context(STYLE):
         figures = {
-            "perplexity": perplexity(report),
+            **{one.name: quality(report) if one is metric_of(report) else None for one in (PERPLEXITY, ACCURACY)},
             "layers": layers(ordered),
             "kept_widths": kept_widths(within),
             "scores": scores(within),
@@ -45,17 +46,18 @@ def draw_all(report: Report, evidence: Sequence[SiteEvidence], folder: Path) -> 
     return tuple(drawn)
 
 
-def perplexity(report: Report) -> Figure | None:
-    """Perplexity of every variant, and of the compared methods beside them."""
-    bars = [(group.name, state, one.perplexity) for group in contenders(report) for state, one in group.states()]
-    dense = variant(report, "dense")
-    if dense is not None:
-        bars.insert(0, ("dense model", "dense", dense.perplexity))
+def quality(report: Report) -> Figure | None:
+    """Perplexity or accuracy of every variant, and of the compared methods beside them."""
+    metric, dense = metric_of(report), variant(report, "dense")
+    bars = [(group.name, state, metric.of(one)) for group in contenders(report) for state, one in group.states()]
+    base = None if dense is None else metric.of(dense)
+    if base is not None:
+        bars.insert(0, ("dense model", "dense", base))
     finite = [value for _, _, value in bars if np.isfinite(value)]
     if not finite:
         return None
     figure, axes = canvas(1.3 + 0.32 * len(bars))
-    logarithmic = max(finite) > 10 * min(finite)
+    logarithmic = metric is PERPLEXITY and max(finite) > 10 * min(finite)
     place, previous = 0.0, bars[0][0]
     ticks: dict[str, list[float]] = {}
     for name, state, value in bars:
@@ -63,13 +65,13 @@ def perplexity(report: Report) -> Figure | None:
         previous = name
         length = value if np.isfinite(value) else min(finite)
         axes.barh(place, length, color=COLOURS[state] if np.isfinite(value) else "none", height=0.85)
-        share = text.times(value, dense.perplexity if dense else None)
-        note = text.perplexity(value) + (f"  ({share})" if share != text.ABSENT else "")
+        share = metric.beside(value, base)
+        note = metric.show(value) + (f"  ({share})" if share != text.ABSENT else "")
         axes.annotate(note, (length, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
         ticks.setdefault(name, []).append(place)
     axes.set_yticks([float(np.mean(places)) for places in ticks.values()], labels=list(ticks))
     axes.invert_yaxis()
-    _perplexity_axis(axes, finite, logarithmic)
+    _quality_axis(axes, metric, finite, logarithmic)
     handles = [Patch(color=COLOURS[state], label=state) for state in COLOURS if any(state == bar[1] for bar in bars)]
     figure.legend(handles=handles, loc="outside lower right", ncols=len(handles))
     return figure
@@ -105,14 +107,14 @@ def loss(points: Sequence[tuple[int, float]]) -> Figure | None:
         axes.plot(step_S[window - 1 :], mean, color=KEPT, linewidth=2, label=f"mean of the last {window} points")
         axes.legend(loc="upper right")
     axes.set_title("Training loss of the recovery")
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.set(xlabel="optimiser step", ylabel="loss (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def _perplexity_axis(axes: Axes, finite: Sequence[float], logarithmic: bool) -> None:
-    axes.set_title("Perplexity on the test text (lower is better)")
-    axes.set_xlabel("perplexity, logarithmic axis" if logarithmic else "perplexity")
+def _quality_axis(axes: Axes, metric: Metric, finite: Sequence[float], logarithmic: bool) -> None:
+    axes.set_title(f"{metric.name.capitalize()} on the {metric.data} ({metric.better})")
+    axes.set_xlabel(f"{metric.name}, logarithmic axis" if logarithmic else metric.name)
     axes.grid(visible=False, axis="y")
     if logarithmic:
         low, high = min(finite) / 1.5, max(finite)

@@ -11,21 +11,22 @@ from cria_dist.report.grids import Grid
 
 def variants_table(report: Report) -> Table:
     """Size, perplexity and speed of the dense, pruned, repaired and recovered model."""
-    return _table(grids.variants_grid(report))
+    return table(grids.variants_grid(report))
 
 
 def comparison_table(report: Report) -> Table:
     """Perplexity of every compared method at the same ratio, pruned and repaired."""
-    return _table(grids.comparison_grid(report))
+    return table(grids.comparison_grid(report))
 
 
 def generations_table(report: Report) -> Table:
     """What each variant wrote after each prompt, side by side."""
-    return _table(grids.generations_grid(report), lines=True)
+    return table(grids.generations_grid(report), lines=True)
 
 
-def _table(grid: Grid, lines: bool = False) -> Table:
-    table = Table(
+def table(grid: Grid, lines: bool = False) -> Table:
+    """A table for the terminal."""
+    shown = Table(
         title=grid.title,
         title_justify="left",
         title_style="bold",
@@ -35,7 +36,7 @@ def _table(grid: Grid, lines: bool = False) -> Table:
         pad_edge=False,
     )
     for index, name in enumerate(grid.header):
-        table.add_column(Text(name), justify="left" if index < grid.words else "right", overflow="fold")
+        shown.add_column(Text(name), justify="left" if index < grid.words else "right", overflow="fold")
     for row in grid.rows:
-        table.add_row(*(Text(text.printable(cell)) for cell in row))
-    return table
+        shown.add_row(*(Text(text.printable(cell)) for cell in row))
+    return shown

@@ -65,6 +65,13 @@ def times(value: float, base: float | None) -> str:
     )
 
 
+def points(value: float, base: float | None) -> str:
+    """A share as percentage points above or below ``base``."""
+    if base is None or not math.isfinite(value - base):
+        return ABSENT
+    return f"{100 * (value - base):+.1f}"
+
+
 def milliseconds(value: float | None) -> str:
     """A latency, absent when it was not timed."""
     if value is None:

@@ -195,7 +195,9 @@ def _pack(shape: Shape) -> PlacementGroup:
 
 
 def _start(shape: Shape, group: PlacementGroup | None, rank: int) -> Any:
-    place = None if group is None else PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+    # outside of any group if it has none of its own: that of the Tune trial this may run in has no room for workers
+    index = rank if group else -1
+    place = PlacementGroupSchedulingStrategy(group, index)  # pyright: ignore[reportArgumentType]  (None is allowed)
     remote: Any = ray.remote(
         num_cpus=shape.cpus, num_gpus=shape.gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=place
     )

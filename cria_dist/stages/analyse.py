@@ -78,14 +78,14 @@ class Analyst:
             DataError: a recorded file is missing or damaged.
         """
         task = self._task
-        width = self._family.widths(self._config)[site]
+        width = self._family.widths(self._config, (site.part,))[site]
         try:
             verdict = task.method.score(self._statistics(site, width))
         except NumericError as error:
             raise NumericError(f"{site.key}: {error}") from error
         if verdict.keep_N.shape != (width,) or np.isnan(verdict.keep_N).any():
             raise NumericError(f"{site.key}: {task.method.title} gave scores of shape {verdict.keep_N.shape} or NaN")
-        cost_N = np.full(width, self._family.unit_cost(self._config), dtype=np.int64)
+        cost_N = np.full(width, self._family.unit_cost(site, self._config), dtype=np.int64)
         scores = Scores(
             site, verdict.keep_N.astype(np.float64), cost_N, verdict.edges_E2, verdict.spectrum, verdict.facts
         )
@@ -97,7 +97,8 @@ class Analyst:
         signals = self._task.recording.signals(site) if "signals" in needs else {}
         output_NM = signals.pop("output", None)
         input_NM = np.concatenate(list(signals.values()), axis=1) if signals else None
-        weight_norm_N, output_norm_N, output_DN = self._weights(site) if "weights" in needs else (None, None, None)
+        weights = self._weights(site, width) if "weights" in needs else (None, None, None)
+        weight_norm_N, output_norm_N, output_DN = weights
         return SiteStatistics(
             width=width,
             input_NM=None if input_NM is None else arrays.to_device(input_NM, self._library),
@@ -109,15 +110,18 @@ class Analyst:
             taylor_N=None if self._task.saliences is None else self._task.saliences.mean(site),
             gate_N=None if self._task.gates is None else self._task.gates.read(site),
             seed=zlib.crc32(f"{self._task.seed}/{site.key}".encode()),
+            span=self._family.span(site, self._config),
         )
 
-    def _weights(self, site: Site) -> tuple[Float64, Float64, Float64]:
-        """Coupled norm (incoming rows together, times the outgoing column), norm of the outgoing column, that map."""
-        modules = self._family.stored(site)
+    def _weights(self, site: Site, width: int) -> tuple[Float64, Float64, Float64]:
+        """Coupled norm of every unit (incoming rows together, times columns), norms of the columns, their map."""
+        modules, stack = self._family.stored(site), self._family.stack(site)
         with checkpoint.open_tensors(self._task.model_dir) as tensors:
-            squared_N = sum(
-                tensors.read(f"{name}.weight").double().square().sum(dim=1).numpy() for name in modules.inputs.values()
-            )
+            maps = [tensors.read(f"{name}.weight").double() for name in modules.inputs.values()]
+            squared_N = sum(one.square().sum(dim=1).numpy().reshape(stack, width, -1).sum((0, 2)) for one in maps)
             output_DN = tensors.read(f"{modules.output}.weight").double()
         output_norm_N = output_DN.norm(dim=0).numpy()
-        return np.sqrt(squared_N) * output_norm_N, output_norm_N, output_DN.numpy()
+        columns_N = output_norm_N
+        if output_norm_N.size > width:
+            columns_N = np.linalg.norm(output_norm_N.reshape(width, -1), axis=1)
+        return np.sqrt(squared_N) * columns_N, output_norm_N, output_DN.numpy()

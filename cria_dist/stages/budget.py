@@ -8,13 +8,20 @@ from cria_dist.config import PruneConfig, RunConfig
 from cria_dist.errors import ConfigError, PlanError
 from cria_dist.maths.allocation import uniform_widths, units_ratio_for_parameters
 from cria_dist.maths.allocation_rooms import Room, check_floors, even_widths, room
-from cria_dist.models.macs import macs_per_position
+from cria_dist.models import depth
+from cria_dist.models.attention import attention_shape
+from cria_dist.models.macs import macs_of_layers, macs_per_position
 from cria_dist.models.mlp import MlpFamily
+from cria_dist.models.sizes import sizes_of
 from cria_dist.records import Site
 from cria_dist.stages.footprint import num_shards, shard_sequences
 
 HELD_OUT = 4
 """One in so many shards of the calibration set is left out of the repair when losses are compared: the last ones."""
+
+CURVE_TOKENS = 8192
+"""Held-out tokens that every width of a site is measured on; allocations are compared on all of them. Differences
+between losses on the same text need few: a curve costs about (widths + 1) / 2 passes over them, whatever the set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,27 +29,47 @@ class Budget:
     """What the ratio is a share of.
 
     Attributes:
-        unit_cost: what leaves with one unit.
+        unit_cost: what leaves with one unit of a site, by site; with a whole layer, what is in none of its units.
         total: what the dense model has of it, also where nothing can be removed.
     """
 
-    unit_cost: int
+    unit_cost: Mapping[Site, int]
     total: int
 
     def left(self, widths: Mapping[Site, int], prune: PruneConfig, round_index: int) -> float:
         """What may stay at the sites of a dense model after a round; every round takes the same part."""
         removed = prune.ratio * self.total * (round_index + 1) / prune.rounds
-        return sum(widths.values()) * self.unit_cost - removed
+        return sum(width * self.unit_cost[site] for site, width in widths.items()) - removed
 
 
 def budget_of(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any], parameters: int) -> Budget:
     """The budget in the measure of ``prune.budget``; ``parameters`` are the dense model's."""
-    if config.prune.budget == "parameters":
-        return Budget(family.unit_cost(model_config), parameters)
-    if config.prune.budget == "macs":
-        length = family.positions(model_config, config.data.sequence_length)
-        return Budget(family.unit_macs(model_config), macs_per_position(model_config, family, length))
-    return Budget(1, sum(family.widths(model_config).values()))
+    widths, measure = sites_of(config, family, model_config), config.prune.budget
+    units = {site: width for site, width in widths.items() if site.part != depth.PART}
+    if measure == "units":
+        return Budget(dict.fromkeys(units, 1), sum(units.values()))
+    if measure == "kv_cache":
+        size = 2 * attention_shape(model_config).head_dim
+        return Budget(dict.fromkeys(units, size), size * sum(units.values()))
+    length = family.positions(model_config, config.data.sequence_length)
+    whole: Mapping[int, int] = {}
+    if measure == "parameters":
+        cost, total = {site: family.unit_cost(site, model_config) for site in units}, parameters
+    else:
+        cost = {site: family.unit_macs(site, model_config, length) for site in units}
+        total = macs_per_position(model_config, family, length)
+    if len(units) < len(widths):
+        sizes = sizes_of(model_config, family).layers
+        whole = dict(enumerate(sizes if measure == "parameters" else macs_of_layers(model_config, family, length)))
+    inside = {layer: sum(cost[site] * units[site] for site in units if site.layer == layer) for layer in whole}
+    return Budget(cost | {Site(layer, depth.PART): whole[layer] - inside[layer] for layer in whole}, total)
+
+
+def sites_of(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> dict[Site, int]:
+    """Units per site that a run may remove, whole layers as sites of one unit among them."""
+    widths = family.widths(model_config, config.prune.parts)
+    layers = depth.layer_sites(model_config) if "layer" in config.prune.units else ()
+    return dict(sorted((widths | dict.fromkeys(layers, 1)).items()))
 
 
 def final_widths(
@@ -53,17 +80,26 @@ def final_widths(
     Raises:
         PlanError: the budget would empty a site.
     """
-    widths = {site.key: width for site, width in family.widths(model_config).items()}
-    ratio, measure = config.prune.ratio, config.prune.budget
-    if measure != "units":
-        budget = budget_of(config, family, model_config, dense_parameters)
-        unit_cost = dict.fromkeys(widths, budget.unit_cost)
-        ratio = units_ratio_for_parameters(widths, unit_cost, budget.total, ratio, measure)
-    kept = uniform_widths(widths, ratio, config.prune.multiple)
-    for key, width in widths.items():
-        if kept[key] == width:
-            raise PlanError(f"prune.ratio={config.prune.ratio:g} removes nothing at {key} ({width} units); raise it")
+    widths = {site.key: width for site, width in family.widths(model_config, config.prune.parts).items()}
+    prune, budget = config.prune, budget_of(config, family, model_config, dense_parameters)
+    multiple = {key: multiple_of(prune, Site.from_key(key)) for key in widths}
+    unit_cost = {site.key: cost for site, cost in budget.unit_cost.items()}
+    ratio = units_ratio_for_parameters(widths, unit_cost, budget.total, prune.ratio, prune.budget)
+    if len(config.prune.units) == 1:
+        kept = uniform_widths(widths, ratio if prune.budget != "units" else prune.ratio, min(multiple.values()))
+    else:
+        rooms = {key: Room(width, multiple[key], multiple[key], unit_cost[key]) for key, width in widths.items()}
+        kept = even_widths(rooms, sum(widths[key] * unit_cost[key] for key in widths) * (1 - ratio))
+    unchanged = [key for key, width in widths.items() if kept[key] == width]
+    if unchanged and (len(config.prune.units) == 1 or len(unchanged) == len(widths)):
+        key = unchanged[0]
+        raise PlanError(f"prune.ratio={prune.ratio:g} removes nothing at {key} ({widths[key]} units); raise it")
     return kept
+
+
+def multiple_of(prune: PruneConfig, site: Site) -> int:
+    """New widths of a site are multiples of this: ``prune.multiple`` is for MLPs."""
+    return prune.multiple if site.part == "mlp" else 1
 
 
 def rooms_of(
@@ -74,7 +110,7 @@ def rooms_of(
     Args:
         prune: floor, protected layers and multiple.
         budget: what a unit costs.
-        dense: units per site of the dense model; the floor is a share of them.
+        dense: units per site of the dense model; the floor is a share of them. A whole layer may go.
         present: units per site key of the model that is pruned.
 
     Raises:
@@ -90,10 +126,10 @@ def rooms_of(
     protected = {layer % layers for layer in prune.protect}
     rooms: dict[str, Room] = {}
     for site, width in dense.items():
-        here = present[site.key]
-        smallest = room(width, prune.floor, prune.multiple, budget.unit_cost).smallest
+        here, multiple, cost = present[site.key], multiple_of(prune, site), budget.unit_cost[site]
+        smallest = 0 if site.part == depth.PART else room(width, prune.floor, multiple, cost).smallest
         smallest = here if site.layer in protected else min(smallest, here)
-        rooms[site.key] = Room(here, smallest, prune.multiple, budget.unit_cost)
+        rooms[site.key] = Room(here, smallest, multiple, cost)
     return rooms
 
 
@@ -107,13 +143,13 @@ def fewest_units(
         PlanError: the floors keep more than the budget allows.
     """
     prune, allocation = config.prune, config.prune.allocation
-    dense = family.widths(model_config)
+    dense = sites_of(config, family, model_config)
     budget = budget_of(config, family, model_config, dense_parameters)
-    if family.takes == "images" or config.method.unit != "mlp":
-        what = f"model_type {family.model_type!r} takes images" if family.takes == "images" else ""
+    if family.takes != "tokens" or config.method.unit != "mlp":
+        what = f"model_type {family.model_type!r} takes {family.takes}" if family.takes != "tokens" else ""
         what = what or f"{config.method.title} removes units of another kind"
         raise ConfigError(
-            f"prune.allocation={allocation} compares losses of language models with fewer MLP neurons, and {what}; "
+            f"prune.allocation={allocation} compares losses of language models with fewer units, and {what}; "
             "use prune.allocation=uniform"
         )
     if num_shards(config) < 2:
@@ -130,7 +166,7 @@ def fewest_units(
     left = budget.left(dense, prune, prune.rounds - 1)
     check_floors(rooms, left, budget.total, prune.ratio)
     even_widths(rooms, left)  # what the result is compared with must be possible too
-    return {key: one.smallest for key, one in rooms.items()}
+    return {key: one.smallest for key, one in rooms.items() if Site.from_key(key).part != depth.PART}
 
 
 def held_out(config: RunConfig) -> tuple[int, range]:

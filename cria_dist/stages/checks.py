@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from cria_dist import files
-from cria_dist.config import CorpusConfig, RunConfig
+from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.methods import Method
 from cria_dist.methods.gates import GateMethod
 from cria_dist.models import checkpoint
 from cria_dist.models.mlp import MlpFamily
-from cria_dist.records import Site, Stage
+from cria_dist.records import Site
 from cria_dist.stages.estimate import RECORDED, bytes_of_run
 from cria_dist.stages.footprint import in_units
-from cria_dist.stages.token_files import NAMES
 
 
 def check_methods(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[str, int]) -> None:
@@ -22,10 +21,10 @@ def check_methods(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[s
     scored = kept if config.prune.rounds > 1 else {site.key: width for site, width in widths.items()}
     for method in (config.method, *config.compare):
         for key, width in scored.items():
-            if width < method.smallest_site:
+            smallest = method.smallest_site if Site.from_key(key).part == "mlp" else method.smallest_group_site
+            if width < smallest:
                 raise ConfigError(
-                    f"{method.title} needs at least {method.smallest_site} units and {key} has {width}; "
-                    "lower method.neighbours"
+                    f"{method.title} needs at least {smallest} units and {key} has {width}; lower method.neighbours"
                 )
         if "gradients" in method.needs:
             _check_gradients(config, method)
@@ -48,8 +47,16 @@ def _check_gradients(config: RunConfig, method: Method) -> None:
 
 
 def _check_gates(config: RunConfig, method: GateMethod) -> None:
-    """There must be a batch of different sequences to learn from."""
-    tokens = config.data.calibration_sequences * config.data.sequence_length
+    """There must be a batch of different sequences or labelled examples to learn from."""
+    examples = config.data.calibration_sequences
+    if config.data.labelled:
+        if examples < method.batch_sequences:
+            raise ConfigError(
+                f"{method.title} learns from batches of {method.batch_sequences} examples and there are {examples} "
+                "calibration examples; lower batch_sequences of the method or raise data.calibration_sequences"
+            )
+        return
+    tokens = examples * config.data.sequence_length
     available = tokens // method.sequence_length
     if available < method.batch_sequences:
         raise ConfigError(
@@ -59,26 +66,21 @@ def _check_gates(config: RunConfig, method: GateMethod) -> None:
         )
 
 
-def check_takes(config: RunConfig, family: MlpFamily, until: Stage) -> None:
-    """Corpora must be of what the model takes, and the stages up to the last one must know how to use it."""
-    for name in NAMES[family.takes]:
-        corpus: CorpusConfig = getattr(config.data, name)
-        if (corpus.format == "images") != (family.takes == "images"):
-            remedy = "images, and source and field to theirs" if family.takes == "images" else "text or chat"
-            raise ConfigError(
-                f"model_type {family.model_type!r} takes {family.takes}, but data.{name}.format={corpus.format}; "
-                f"set it to {remedy}, or give another model"
-            )
-    by_gradients = [one.title for one in (config.method, *config.compare) if one.needs & {"gradients", "gates"}]
-    if family.takes == "images" and by_gradients:
+def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
+    """What is to be removed must be known of the family, and of every method."""
+    units = config.prune.units
+    unknown = sorted({*config.prune.parts} - {*family.parts})
+    if unknown:
         raise ConfigError(
-            f"{by_gradients[0]} takes gradients of the next-token loss and model_type {family.model_type!r} takes "
-            "images; choose a method without gradients"
+            f"prune.units={list(units)}: of model_type {family.model_type!r}, {', '.join(family.parts)} can be pruned, "
+            f"{unknown[0]} cannot; leave it out"
         )
-    if family.takes == "images" and until in ("recover", "evaluate"):
+    other = [one.title for one in (config.method, *config.compare) if units != ("mlp",) and not one.scores_groups]
+    if other:
+        raise ConfigError(f"{other[0]} does not know prune.units={list(units)}; set it to mlp, or take another method")
+    if units != ("mlp",) and config.record.schedule == "tensor":
         raise ConfigError(
-            f"model_type {family.model_type!r} takes images, and recover and evaluate (hence prune) are for language "
-            "models; use cria record, analyse, decide or apply"
+            f"record.schedule=tensor shares MLPs only, and prune.units={list(units)}; set record.schedule=auto"
         )
 
 
@@ -86,6 +88,8 @@ def check_tensors(model_dir: Path, family: MlpFamily, model_config: Mapping[str,
     """The checkpoint must have what is to be pruned, under the names of the stock class."""
     there = {name for names in checkpoint.weight_files(model_dir).values() for name in names}
     wanted = [name for site in family.widths(model_config) for name in family.coupled_tensors(site, model_config)]
+    if family.takes != "tokens":  # transformers would make up the head that a checkpoint of another task lacks
+        wanted += [family.on_disk(name) for name, _ in checkpoint.empty_model(model_config).named_parameters()]
     missing = [name for name in wanted if name not in there]
     if missing:
         raise ConfigError(

@@ -47,12 +47,12 @@ class Accounts:
 
     Attributes:
         dense: parameters of the dense model.
-        unit_cost: parameters that leave with one unit.
+        unit_cost: parameters that leave with one unit, by site key.
         added: parameters the repair adds (biases the dense model does not have).
     """
 
     dense: int
-    unit_cost: int
+    unit_cost: Mapping[str, int]
     added: int = 0
 
 
@@ -68,7 +68,7 @@ def make_plan(
         method: title of the method.
         digest: digest of everything the decision was made from.
     """
-    removed = accounts.unit_cost * sum(widths[key] - len(kept[key]) for key in widths) - accounts.added
+    removed = sum(accounts.unit_cost[key] * (widths[key] - len(kept[key])) for key in widths) - accounts.added
     return PruningPlan(
         kept=dict(kept),
         widths=dict(widths),

@@ -18,10 +18,11 @@ def zero_share(config: RunConfig, family: MlpFamily, model_config: Mapping[str, 
         PlanError: nothing would be left of a map, or nothing would become zero.
     """
     ratio, budget = config.prune.ratio, config.prune.budget
-    sizes = [family.unit_macs(model_config) * width for width in family.widths(model_config).values()]
+    length = family.positions(model_config, config.data.sequence_length)
+    widths = family.widths(model_config)
+    sizes = [family.unit_macs(site, model_config, length) * width for site, width in widths.items()]
     totals = {"units": sum(sizes), "parameters": dense_parameters}
     if budget == "macs":
-        length = family.positions(model_config, config.data.sequence_length)
         totals["macs"] = macs_per_position(model_config, family, length)
     share = ratio * totals[budget] / sum(sizes)
     smallest = min(sizes) // family.signals()

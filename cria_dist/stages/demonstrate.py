@@ -1,4 +1,4 @@
-"""Demonstrate: how fast the variants of a model run, and what they write."""
+"""Demonstrate: how fast the variants of a model run, and what language models write."""
 
 import statistics
 import time
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cria_dist.models import checkpoint
 from cria_dist.records import Generation
 from cria_dist.stages.evaluate import Variant
+from cria_dist.stages.examples import model_inputs
 
 DECODED_TOKENS = 16
 
@@ -22,11 +23,12 @@ class Demonstration:
     """What the latency and the example texts are measured on.
 
     Attributes:
-        tokens_path: test tokens; the first sequence is the prompt of the latency measurement.
+        tokens_path: test tokens or examples; the first sequence is the prompt of the latency measurement.
         numerics: how the models compute.
         prompts: prompts of the example texts.
         new_tokens: tokens per example.
         threads: CPU threads, all of the machine's, because nothing else runs meanwhile.
+        examples: the first so many test examples go through a classifier together; 0 for a language model.
     """
 
     tokens_path: Path
@@ -34,14 +36,15 @@ class Demonstration:
     prompts: tuple[str, ...]
     new_tokens: int
     threads: int
+    examples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What one variant did: milliseconds per repeat (prefill, decode per token) and the texts, on the last visit."""
+    """What one variant did: milliseconds (prefill, decode per token; a classifier does not decode) and the texts."""
 
     prefill_ms: float
-    decode_ms: float
+    decode_ms: float | None
     texts: tuple[str, ...]
 
 
@@ -63,7 +66,8 @@ class Demonstrator:
 
     def __init__(self, task: Demonstration) -> None:
         self._task = task
-        self._prompt_1T = torch.from_numpy(np.load(task.tokens_path, allow_pickle=False)[:1]).to(torch.int64)
+        inputs = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)[: task.examples or 1]
+        self._inputs = model_inputs(inputs)
 
     def __call__(self, visit: Visit) -> Shown:
         """One timed visit of one variant, after a warm-up pass, with all threads of the machine."""
@@ -76,13 +80,21 @@ class Demonstrator:
 
     def _visit(self, visit: Visit) -> Shown:
         model = visit.variant.load(self._task.numerics)
-        prompt_1T = self._prompt_1T.to(model.device)
+        if self._task.examples:
+            return self._classify(model)
+        prompt_1T = self._inputs["input_ids"].to(model.device)
         with torch.inference_mode():
             model(input_ids=prompt_1T[:, :32])
             prefill = _seconds(lambda: model(input_ids=prompt_1T))
             decode = _seconds(lambda: _greedy(model, prompt_1T[:, :32], DECODED_TOKENS))
         texts = self._texts(model, visit.variant.model_dir) if visit.write_texts else ()
         return Shown(1e3 * prefill, 1e3 * decode / DECODED_TOKENS, texts)
+
+    def _classify(self, model: PreTrainedModel) -> Shown:
+        inputs = {name: tensor.to(model.device) for name, tensor in self._inputs.items()}
+        with torch.inference_mode():
+            model(**inputs)
+            return Shown(1e3 * _seconds(lambda: model(**inputs)), None, ())
 
     def _texts(self, model: PreTrainedModel, directory: Path) -> tuple[str, ...]:
         tokenizer = checkpoint.load_tokenizer(directory)
@@ -106,10 +118,11 @@ def summary(shown: Mapping[Visit, Shown], timed: bool) -> dict[str, dict[str, ob
 
 
 def medians(shown: Sequence[Shown]) -> dict[str, float]:
-    """Median prefill and decode milliseconds over the visits of one variant."""
+    """Median prefill and decode milliseconds over the visits of one variant, as far as there are any."""
+    decodes = [one.decode_ms for one in shown if one.decode_ms is not None]
     return {
         "prefill_ms": statistics.median(one.prefill_ms for one in shown),
-        "decode_ms": statistics.median(one.decode_ms for one in shown),
+        **({"decode_ms": statistics.median(decodes)} if decodes else {}),
     }
 
 
@@ -118,6 +131,7 @@ def generations(texts: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> t
     return tuple(
         Generation(prompt, {label: answers[index] for label, answers in texts.items()})
         for index, prompt in enumerate(prompts)
+        if any(texts.values())
     )
 
 

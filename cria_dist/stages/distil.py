@@ -1,4 +1,4 @@
-"""Distil: a recovery in which the pruned model also learns from the dense one's next-token distributions.
+"""Distil: a recovery in which the pruned model also learns from the dense one's distributions.
 
 Shapes: S sequences, T tokens, N predicted tokens (S * (T - 1)), C tokens of a chunk, D hidden, V vocabulary.
 """
@@ -14,6 +14,7 @@ from cria_dist.config import RecoverConfig
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.stages import recover_loss
+from cria_dist.stages.examples import Data, Examples
 from cria_dist.stages.recover_loss import Objective
 
 CHUNK_LOGITS = 2**22
@@ -33,8 +34,8 @@ class Teacher:
     dtype: str
 
 
-def objective_of(config: RecoverConfig, teacher: Teacher | None, matmul: str) -> Objective:
-    """What a recipe minimises; where it distils, the teacher is loaded beside the student.
+def objective_of(config: RecoverConfig, teacher: Teacher | None, matmul: str, labelled: bool = False) -> Objective:
+    """What a recipe minimises on text or labelled examples; where it distils, the teacher is loaded beside the student.
 
     Raises:
         ConfigError: the recipe distils and there is no teacher.
@@ -44,7 +45,7 @@ def objective_of(config: RecoverConfig, teacher: Teacher | None, matmul: str) ->
     if teacher is None:
         raise ConfigError(f"recover.distill={config.distill} needs the dense model and none was given; set it to 0")
     model = checkpoint.load_model(teacher.model_dir, checkpoint.Numerics(teacher.dtype, matmul))
-    return Distillation(model, config.distill, config.temperature)
+    return (LabelDistillation if labelled else Distillation)(model, config.distill, config.temperature)
 
 
 class Distillation:
@@ -68,8 +69,10 @@ class Distillation:
         self._weight = weight
         self._temperature = temperature
 
-    def __call__(self, student: PreTrainedModel, tokens_ST: torch.Tensor, share: float) -> float:
+    def __call__(self, student: PreTrainedModel, tokens_ST: Data, share: float) -> float:
         """Add the gradients of ``share`` times the loss; returns that share of the loss."""
+        if isinstance(tokens_ST, Examples):
+            raise TypeError("labelled examples have an objective of their own")
         tokens_ST = tokens_ST.to(student.device)
         targets_N = tokens_ST[:, 1:].flatten()
         hidden_ND, taught_ND = hidden_states(student, tokens_ST), hidden_states(self._teacher, tokens_ST)
@@ -90,6 +93,33 @@ class Distillation:
         exact = cross_entropy(student_CV, targets_C, reduction="sum")
         soft = divergence(student_CV, teacher_CV, self._temperature)
         return (1 - self._weight) * exact + self._weight * self._temperature**2 * soft
+
+
+class LabelDistillation:
+    """The same for a classifier: means over the examples of the cross entropy of their labels and of the divergence.
+
+    Args:
+        teacher: the dense model; its parameters are frozen.
+        weight: of the divergence, 0 to 1.
+        temperature: both distributions are softened by it.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, weight: float, temperature: float) -> None:
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._weight = weight
+        self._temperature = temperature
+
+    def __call__(self, student: PreTrainedModel, examples: Data, share: float) -> float:
+        """Add the gradients of ``share`` times the loss; returns that share of the loss."""
+        if not isinstance(examples, Examples):
+            raise TypeError("text has an objective of its own")
+        inputs, labels_S = examples.tensors(student.device)
+        student_SV = student(**inputs).logits.float()
+        exact = cross_entropy(student_SV, labels_S)
+        soft = divergence(student_SV, self._teacher(**inputs).logits.float(), self._temperature) / len(labels_S)
+        loss = share * ((1 - self._weight) * exact + self._weight * self._temperature**2 * soft)
+        loss.backward()
+        return float(loss.detach())
 
 
 def divergence(student_CV: torch.Tensor, teacher_CV: torch.Tensor, temperature: float) -> torch.Tensor:

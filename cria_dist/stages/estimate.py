@@ -25,14 +25,16 @@ def bytes_of_run(
     config: RunConfig, model_config: Mapping[str, Any], family: MlpFamily, parameters: int
 ) -> dict[str, int]:
     """Bytes the run writes: inputs, signals, moments, hidden states between blocks (peak), checkpoints, recovery."""
-    widths = family.widths(model_config).values()
+    units = family.widths(model_config, config.prune.parts)
+    widths = [width * family.span(site, model_config) for site, width in units.items()]
     sequences, length = config.data.calibration_sequences, config.data.sequence_length
     tokens = sequences * family.positions(model_config, length)
-    recovers = config.recover.steps > 0 and family.takes == "tokens"
+    recovers = config.recover.steps > 0 and (family.takes == "tokens" or config.data.labelled)
     hidden_states = tokens * int(model_config["hidden_size"]) * itemsize(config.model.dtype)
     model_bytes = parameters * itemsize(str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32"))
     rounds = config.prune.rounds
-    around_layers = (len(widths) + 1) * int(model_config["hidden_size"]) * config.records_hidden
+    layers, hidden_size = int(model_config["num_hidden_layers"]), int(model_config["hidden_size"])
+    around_layers = (layers + 1) * hidden_size * config.records_hidden
     numbers = sum(widths) * family.signals() + around_layers
     masked = sum(method.unit == "weight" for method in (config.method, *config.compare))
     # masked maps and sparse copies, at most as large as the model
@@ -67,8 +69,11 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
     workers = workers_assumed(config)
     return {
         "parameters": work.sizes.parameters,
-        "prunable_parameters": sum(work.sizes.widths) * family.unit_cost(model_config),
-        "sites": work.layers,
+        "prunable_parameters": sum(
+            width * family.unit_cost(site, model_config)
+            for site, width in family.widths(model_config, config.prune.parts).items()
+        ),
+        "sites": len(family.widths(model_config, config.prune.parts)),
         "units_per_site": widest,
         "calibration_tokens": config.data.calibration_sequences * work.length,
         "shards": num_shards(config),

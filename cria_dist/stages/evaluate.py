@@ -1,9 +1,10 @@
-"""Evaluate: perplexity and size of the variants of a model.
+"""Evaluate: perplexity or accuracy, and size, of the variants of a model.
 
-Shapes: S sequences, T tokens, V vocabulary.
+Shapes: S sequences or examples, T tokens, V vocabulary, C classes.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery, pruned_copy
 from cria_dist.records import Evaluation, PruningPlan
+from cria_dist.stages.examples import Examples, read_examples, unpadded
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,40 +57,106 @@ class Variant:
         return pruned_copy(model, surgery)
 
 
-class PerplexityMeter:
-    """Scores one variant per call."""
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How well a model does.
 
-    def __init__(
-        self, tokens_path: Path, numerics: checkpoint.Numerics, batch_sequences: int, results: Mapping[Variant, Path]
-    ) -> None:
-        self._tokens_ST = np.load(tokens_path, allow_pickle=False)
+    Attributes:
+        loss: mean negative log likelihood per token or label.
+        count: tokens or labels it is over.
+        accuracy: share of the labels that were found.
+    """
+
+    loss: float
+    count: int
+    accuracy: float | None = None
+
+
+class Meter(ABC):
+    """Scores one variant per call.
+
+    Args:
+        numerics: how the models compute.
+        batch_sequences: sequences or examples per forward pass.
+        results: where the result of each variant goes.
+    """
+
+    def __init__(self, numerics: checkpoint.Numerics, batch_sequences: int, results: Mapping[Variant, Path]) -> None:
         self._numerics = numerics
         self._batch = batch_sequences
         self._results = results
 
+    @abstractmethod
+    def _measure(self, model: PreTrainedModel) -> Quality:
+        """How well a model does on the test data."""
+
     def __call__(self, variant: Variant) -> Evaluation:
-        """Perplexity and size of a variant; also written to its file, so that a finished measurement is never lost.
+        """Quality and size of a variant; also written to its file, so that a finished measurement is never lost.
 
         Raises:
             NumericError: the loss is not finite.
         """
         model = variant.load(self._numerics)
-        loss = mean_loss(model, self._tokens_ST, self._batch)
-        if not math.isfinite(loss):
+        quality = self._measure(model)
+        if not math.isfinite(quality.loss):
             raise NumericError(
-                f"the loss of {variant.label} is {loss}; was the model damaged by pruning in this dtype?"
+                f"the loss of {variant.label} is {quality.loss}; was the model damaged by pruning in this dtype?"
             )
         evaluation = Evaluation(
             label=variant.label,
             method=variant.method,
             repair=variant.repair,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            perplexity=math.exp(min(loss, 700.0)),
-            scored_tokens=self._tokens_ST.shape[0] * (self._tokens_ST.shape[1] - 1),
+            perplexity=math.exp(min(quality.loss, 700.0)),
+            scored_tokens=quality.count,
             weight_bytes=weight_bytes(variant, model),
+            accuracy=quality.accuracy,
         )
         files.write_json(self._results[variant], asdict(evaluation))
         return evaluation
+
+
+class PerplexityMeter(Meter):
+    """Scores language models on test tokens, int32 [S, T] (see :class:`Meter` for the rest)."""
+
+    def __init__(
+        self, tokens_path: Path, numerics: checkpoint.Numerics, batch_sequences: int, results: Mapping[Variant, Path]
+    ) -> None:
+        super().__init__(numerics, batch_sequences, results)
+        self._tokens_ST = np.load(tokens_path, allow_pickle=False)
+
+    def _measure(self, model: PreTrainedModel) -> Quality:
+        loss = mean_loss(model, self._tokens_ST, self._batch)
+        return Quality(loss, self._tokens_ST.shape[0] * (self._tokens_ST.shape[1] - 1))
+
+
+class AccuracyMeter(Meter):
+    """Scores classifiers on test examples and their labels (see :class:`Meter` for the rest)."""
+
+    def __init__(
+        self,
+        paths: tuple[Path, Path],
+        numerics: checkpoint.Numerics,
+        batch_sequences: int,
+        results: Mapping[Variant, Path],
+    ) -> None:
+        super().__init__(numerics, batch_sequences, results)
+        self._examples = read_examples(*paths)
+
+    def _measure(self, model: PreTrainedModel) -> Quality:
+        return label_quality(model, self._examples, self._batch)
+
+
+def label_quality(model: PreTrainedModel, examples: Examples, batch: int) -> Quality:
+    """Mean cross entropy of the labels, and the share the largest logit finds; no sentence is padded for it."""
+    total, found = 0.0, 0
+    with torch.inference_mode():
+        for part in unpadded(examples, batch):
+            inputs, labels_S = part.tensors(model.device)
+            logits_SC = model(**inputs).logits.float()
+            total += float(torch.nn.functional.cross_entropy(logits_SC, labels_S, reduction="sum").double())
+            found += int((logits_SC.argmax(dim=-1) == labels_S).sum())
+    return Quality(total / len(examples), len(examples), found / len(examples))
 
 
 def mean_loss(model: PreTrainedModel, tokens_ST: np.ndarray, batch: int) -> float:

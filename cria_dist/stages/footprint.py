@@ -57,7 +57,8 @@ class Workload:
     def __init__(self, config: RunConfig, model_config: ModelDict) -> None:
         self.model_config = model_config
         family = family_of(model_config)
-        self.sizes: Sizes = sizes_of(model_config, family)
+        self.parts = config.prune.parts
+        self.sizes: Sizes = sizes_of(model_config, family, self.parts)
         self.itemsize = itemsize(config.model.dtype)
         self.length = family.positions(model_config, config.data.sequence_length)
         self.input_shape = family.input_shape(model_config, config.data.sequence_length)

@@ -14,7 +14,8 @@ from cria_dist.methods import GradientSample
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.records import Float64, Site
-from cria_dist.stages.recover_loss import next_token_loss
+from cria_dist.stages.examples import Data, read_examples
+from cria_dist.stages.recover_loss import mean_loss
 from cria_dist.store.saliences import Saliences
 
 
@@ -46,15 +47,19 @@ class GradientTask:
 
     Attributes:
         model_dir: checkpoint to take gradients of.
-        tokens_path: calibration tokens, int32 [S, T].
+        tokens_path: calibration tokens, int32 [S, T], or examples.
         numerics: how the model computes.
         saliences: where the sums go.
+        parts: parts of a layer whose units are scored.
+        labels_path: labels of the examples; None for a language model.
     """
 
     model_dir: Path
     tokens_path: Path
     numerics: checkpoint.Numerics
     saliences: Saliences
+    parts: tuple[str, ...] = ("mlp",)
+    labels_path: Path | None = None
 
 
 class GradientTaker:
@@ -66,28 +71,28 @@ class GradientTaker:
 
     def __init__(self, task: GradientTask) -> None:
         self._task = task
-        self._tokens_ST = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)
         config = checkpoint.read_config(task.model_dir)
-        family = family_of(config)
+        self._family = family = family_of(config)
         self._model = checkpoint.load_model(task.model_dir, task.numerics).requires_grad_(False)
         stored = {family.on_disk(name): parameter for name, parameter in self._model.named_parameters()}
+        self._widths = family.widths(config, task.parts)
         self._coupled = {
             site: [(stored[name].requires_grad_(), dim) for name, dim in family.coupled_tensors(site, config).items()]
-            for site in family.widths(config)
+            for site in self._widths
         }
 
     def __call__(self, shard: GradientShard) -> int:
-        """Write the saliences of a shard; returns the tokens that went through the model.
+        """Write the saliences of a shard; returns the tokens (or examples) that went through the model.
 
         Raises:
             NumericError: a gradient is not finite; the message names shard and site.
             ConfigError: the GPU has too little memory.
         """
-        tokens_ST = torch.from_numpy(self._tokens_ST[shard.start : shard.stop].astype(np.int64))
+        data = self._data(shard)
         self._model.zero_grad(set_to_none=True)
         try:
-            for tokens_1T in tokens_ST.split(1):  # gradients add up; one sequence at a time takes the least memory
-                (next_token_loss(self._model, tokens_1T) / len(tokens_ST)).backward()
+            for one in data.split(1):  # gradients add up; one sequence at a time takes the least memory
+                (mean_loss(self._model, one) / len(data)).backward()
             self._task.saliences.write(shard.number, {site: self._salience(shard, site) for site in self._coupled})
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -95,10 +100,17 @@ class GradientTaker:
                 "activations on one device: lower data.sequence_length, set model.dtype=bfloat16, or choose a method "
                 "without gradients"
             ) from error
-        return tokens_ST.numel()
+        return data.numel() if isinstance(data, torch.Tensor) else len(data)
+
+    def _data(self, shard: GradientShard) -> Data:
+        if self._task.labels_path is not None:
+            return read_examples(self._task.tokens_path, self._task.labels_path)[shard.start : shard.stop]
+        tokens_ST = np.load(self._task.tokens_path, mmap_mode="r", allow_pickle=False)[shard.start : shard.stop]
+        return torch.from_numpy(tokens_ST.astype(np.int64))
 
     def _salience(self, shard: GradientShard, site: Site) -> Float64:
-        parts = [unit_salience(parameter, dim) for parameter, dim in self._coupled[site]]
+        units, stack = self._widths[site], self._family.stack(site)
+        parts = [unit_salience(one, dim, units, stack if dim == 0 else 1) for one, dim in self._coupled[site]]
         values_N = torch.stack(parts).sum(dim=0).cpu().numpy()
         broken = values_N.size - np.isfinite(values_N).sum()
         if broken:
@@ -109,14 +121,16 @@ class GradientTaker:
         return values_N
 
 
-def unit_salience(parameter: torch.Tensor, dim: int) -> torch.Tensor:
+def unit_salience(parameter: torch.Tensor, dim: int, units: int, stack: int = 1) -> torch.Tensor:
     """``sum |w * dL/dw|`` over the weights of each unit, float64 [N].
 
     Args:
         parameter: a tensor with its gradient.
-        dim: the dimension the units lie along.
+        dim: the dimension the units lie along, each with the same number of rows.
+        units: how many there are.
+        stack: maps one below the other, each with rows of every unit.
     """
     if parameter.grad is None:
         raise TypeError("the parameter took no part in the loss")
     product = parameter.detach().double() * parameter.grad.double()
-    return product.abs().movedim(dim, 0).reshape(product.shape[dim], -1).sum(dim=1)
+    return product.abs().movedim(dim, 0).reshape(stack, units, -1).sum(dim=2).sum(dim=0)

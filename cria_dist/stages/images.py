@@ -5,7 +5,7 @@ Shape suffixes: S images, C channels, H and W pixels.
 
 import io
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from cria_dist.config import CorpusConfig, DataConfig
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.files import file_digest, write_with
-from cria_dist.stages.sources import Where, read_items
-from cria_dist.stages.token_files import Cut
+from cria_dist.stages.examples import check_same_examples
+from cria_dist.stages.labels import ReadLabel
+from cria_dist.stages.sentences import too_few
+from cria_dist.stages.sources import Where, read_items, read_labelled
+from cria_dist.stages.token_files import Cut, cut_array
 
 if TYPE_CHECKING:
     from transformers import BaseImageProcessor
@@ -49,8 +52,13 @@ def load_processor(model_dir: Path) -> "BaseImageProcessor":
 
 
 def write_pixels(
-    path: Path, corpus: CorpusConfig, processor: "BaseImageProcessor", shape: tuple[int, ...], what: str
-) -> None:
+    path: Path,
+    corpus: CorpusConfig,
+    processor: "BaseImageProcessor",
+    shape: tuple[int, ...],
+    what: str,
+    read_label: ReadLabel | None = None,
+) -> list[int]:
     """Write the first images of a corpus as a float32 ``.npy``; one image is in memory at a time.
 
     Args:
@@ -59,33 +67,54 @@ def write_pixels(
         processor: see :func:`load_processor`.
         shape: of the array, [S, C, H, W]: number of images (reads no further) and what the model takes.
         what: ``calibration`` or ``test``, for messages.
+        read_label: see :mod:`cria_dist.stages.labels`; without, the images have no labels.
+
+    Returns:
+        The labels.
 
     Raises:
         ConfigError: the field does not hold images.
-        DataError: too few images, one that cannot be decoded, or one that the processor makes another shape of.
+        DataError: too few images, one that cannot be decoded, one that the processor makes another shape of, or one
+            without a label that the model knows.
     """
-    write_with(path, lambda temporary: _fill(temporary, _prepared(corpus, processor), shape, what))
+    labels: list[int] = []
+    prepared = _prepared(corpus, processor, read_label, labels)
+    write_with(path, lambda temporary: _fill(temporary, prepared, shape, what))
+    return labels
 
 
 @contextmanager
-def staged_pixels(folder: Path, model_dir: Path, data: DataConfig, shape: tuple[int, ...]) -> Generator[Cut]:
-    """The calibration images, prepared in a hidden folder; they are gone afterwards unless they were written.
+def staged_pixels(
+    folder: Path, model_dir: Path, data: DataConfig, shape: tuple[int, ...], read_label: ReadLabel | None
+) -> Generator[Mapping[str, Cut]]:
+    """The images of a run, prepared in a hidden folder; they are gone afterwards unless they were written.
 
     Args:
         folder: run folder, which may still turn out to be another run's.
         model_dir: checkpoint with the image processor.
         data: names and counts the images.
         shape: channels, height and width that the model takes.
+        read_label: see :mod:`cria_dist.stages.labels`; without, there are calibration images alone.
 
     Raises:
-        ConfigError: there is no image processor, or the field does not hold images.
+        ConfigError: there is no image processor, the field does not hold images, or test images are among those of the
+            calibration.
         DataError: see :func:`write_pixels`.
     """
-    staging = folder / ".images"
-    shape = (data.calibration_sequences, *shape)
+    staging, processor = folder / ".images", load_processor(model_dir)
+    cuts: dict[str, Cut] = {}
+    counts = {"calibration": data.calibration_sequences, "test": data.test_sequences}
     try:
-        write_pixels(staging / "calibration.npy", data.calibration, load_processor(model_dir), shape, "calibration")
-        yield Cut(file_digest(staging / "calibration.npy"), (staging / "calibration.npy").replace)
+        for name in ("calibration",) if read_label is None else ("calibration", "test"):
+            path, corpus = staging / f"{name}.npy", getattr(data, name)
+            labels = write_pixels(path, corpus, processor, (counts[name], *shape), name, read_label)
+            cuts[name] = Cut(file_digest(path), path.replace)
+            if read_label is not None:
+                cuts[f"{name}-labels"] = cut_array(np.array(labels, dtype=np.int64))
+        if read_label is not None:
+            calibration, test = (np.load(staging / f"{name}.npy", mmap_mode="r") for name in counts)
+            check_same_examples(calibration, test, data.max_overlap)
+        yield cuts
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -120,10 +149,23 @@ def _encoded(value: dict[str, Any]) -> bytes:
         return handle.read()  # pyright: ignore[reportAttributeAccessIssue]  fsspec types one file as a list of them
 
 
-def _prepared(corpus: CorpusConfig, processor: "BaseImageProcessor") -> Iterator[Pixels]:
-    for image_HWC in read_items(corpus, decode):
+def _prepared(
+    corpus: CorpusConfig, processor: "BaseImageProcessor", read_label: ReadLabel | None, labels: list[int]
+) -> Iterator[Pixels]:
+    """The images as the model takes them; their labels are put into the list as they are read."""
+    if read_label is None:
+        images = read_items(corpus, decode)
+    else:
+        images = _taking_labels(read_labelled(corpus, decode, read_label), labels)
+    for image_HWC in images:
         batch = processor(images=[image_HWC], input_data_format="channels_last", return_tensors="np")
         yield batch["pixel_values"][0]
+
+
+def _taking_labels(labelled: Iterator[tuple[NDArray[np.uint8], int]], labels: list[int]) -> Iterator[NDArray[np.uint8]]:
+    for image_HWC, label in labelled:
+        labels.append(label)
+        yield image_HWC
 
 
 def _fill(path: Path, prepared: Iterator[Pixels], shape: tuple[int, ...], what: str) -> None:
@@ -139,7 +181,4 @@ def _fill(path: Path, prepared: Iterator[Pixels], shape: tuple[int, ...], what: 
         if there == images:
             pixels_SCHW.flush()
             return
-    raise DataError(
-        f"the {what} corpus has {there} images, but {images} were asked for; lower data.{what}_sequences"
-        f"{f' to {there}' if there else ''}, or give more images"
-    )
+    raise too_few(what, there, images, "images")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from cria_dist.config import RecoverConfig
@@ -20,9 +19,10 @@ from cria_dist.methods.gates import GateMethod
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.records import Site
-from cria_dist.stages.recover_data import sequence_order, training_sequences
+from cria_dist.stages.examples import Data
+from cria_dist.stages.recover_data import sequence_order, training_data
 from cria_dist.stages.recover_log import append_log, cut_log
-from cria_dist.stages.recover_loss import next_token_loss
+from cria_dist.stages.recover_loss import mean_loss
 from cria_dist.stages.recover_step import Place, learning_rate
 from cria_dist.store.gates import Gates
 
@@ -33,12 +33,13 @@ class LearnTask:
 
     Attributes:
         model_dir: checkpoint whose units get gates.
-        tokens_path: calibration tokens.
+        tokens_path: calibration tokens or examples.
         gates: where rank 0 puts what was learned.
         log_path: JSON line per step (step, loss without the penalty, penalty, seconds), written by rank 0.
         method: parametrisation, penalty and recipe.
         matmul: precision of float32 matrix products; weights are float32.
         seed: seed of the data order.
+        labels_path: labels of the examples; None for a language model.
     """
 
     model_dir: Path
@@ -48,6 +49,7 @@ class LearnTask:
     method: GateMethod
     matmul: str
     seed: int
+    labels_path: Path | None = None
 
 
 def train(task: LearnTask, place: Place) -> None:
@@ -60,13 +62,13 @@ def train(task: LearnTask, place: Place) -> None:
     # warm-up, decay and data order are those of the recovery
     recipe = RecoverConfig(steps=method.steps, workers=1, batch_sequences=method.batch_sequences, learning_rate=1.0)
     gated = GatedModel(task)
-    blocks_SD = training_sequences(np.load(task.tokens_path, allow_pickle=False), method.sequence_length)
-    order = sequence_order(len(blocks_SD), recipe, task.seed)
+    data = training_data(task.tokens_path, task.labels_path, method.sequence_length)
+    order = sequence_order(len(data), recipe, task.seed)
     if place.rank == 0:
         cut_log(task.log_path, 0)
     started = time.monotonic()
     for step, batch in enumerate(order):
-        blocks = blocks_SD[batch[place.rank :: place.world]]
+        blocks = data[batch[place.rank :: place.world]]
         loss, penalty = gated.step(blocks, len(batch), learning_rate(step, recipe), place)
         if not math.isfinite(loss + penalty):
             raise NumericError(
@@ -105,11 +107,11 @@ class GatedModel:
         self._rates = (task.method.learning_rate, task.method.weight_learning_rate)
         self._optimizer = torch.optim.Adam([{"params": [*self.learned.values()]}, {"params": maps}])
 
-    def step(self, blocks_SD: torch.Tensor, batch: int, rate: float, place: Place) -> tuple[float, float]:
+    def step(self, blocks: Data, batch: int, rate: float, place: Place) -> tuple[float, float]:
         """One optimiser step, this worker on its part of a batch; returns loss and penalty of the whole batch.
 
         Args:
-            blocks_SD: this worker's sequences, none of them if there are more workers than sequences.
+            blocks: this worker's sequences, none of them if there are more workers than sequences.
             batch: sequences of all workers.
             rate: share of the learning rates.
             place: this worker.
@@ -119,8 +121,8 @@ class GatedModel:
         for parameter in self._trained:
             parameter.grad = torch.zeros_like(parameter)
         total = torch.zeros((), dtype=torch.float64, device=self._model.device)
-        for tokens_D in blocks_SD:  # one sequence at a time takes the least memory
-            loss = next_token_loss(self._model, tokens_D[None]).double() / batch
+        for index in range(len(blocks)):  # one sequence at a time takes the least memory
+            loss = mean_loss(self._model, blocks[index : index + 1]).double() / batch
             torch.autograd.backward(loss)
             total += loss.detach()
         add_up([total, *(parameter.grad for parameter in self._trained if parameter.grad is not None)], place)
@@ -133,7 +135,8 @@ class GatedModel:
     def _scaling(self, learned_N: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
         def hook(_module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             (signal,) = args
-            return (signal * self._method.gate(learned_N).to(signal.dtype),)
+            gate_N = self._method.gate(learned_N).to(signal.dtype)
+            return (signal * gate_N.repeat_interleave(signal.shape[-1] // len(gate_N)),)  # a unit may have several
 
         return hook
 

@@ -54,6 +54,29 @@ def json_rows(corpus: CorpusConfig) -> Rows:
         yield place, name, row
 
 
+def tab_rows(corpus: CorpusConfig) -> Rows:
+    """Rows of a table with a tab between the columns, as one object each; the first line names the columns.
+
+    Quotation marks are text like any other: SST-2 and its like are written without quoting.
+
+    Raises:
+        DataError: a line is not UTF-8 or has another number of columns; names the line.
+    """
+    with Path(corpus.source).open("rb") as handle:
+        heading = handle.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
+    columns = heading.split("\t")
+    for place, name, line in _lines(corpus):
+        if not line.strip() or (place == 0 and line == heading):
+            continue
+        values = line.split("\t")
+        if len(values) != len(columns):
+            raise DataError(
+                f"{corpus.source} {name()} has {len(values)} columns and the first line names {len(columns)} "
+                f"({', '.join(columns)}); correct or delete it"
+            )
+        yield place, name, dict(zip(columns, values, strict=True))
+
+
 def _lines(corpus: CorpusConfig) -> Rows:
     """Lines without the line end and the byte order mark; for the second half from the last line that is not in it."""
     path = Path(corpus.source)

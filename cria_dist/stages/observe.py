@@ -1,7 +1,8 @@
 """Observe one site while a model runs: sampled signals and running moments, on the model's device.
 
 Every token that comes by counts: calibration sequences are cut from a stream and never padded.
-Shapes: S sequences, T tokens, D hidden, N units of the site, U units of it that this process holds, R sampled tokens.
+Shapes: S sequences, T tokens, D hidden, N signals of the site (one per unit, or several), U of them that this process
+holds, R sampled tokens.
 """
 
 from collections.abc import Callable
@@ -49,11 +50,21 @@ class SiteObserver(Observer):
         self._broken.zero_()
         self._gram.clear()
 
-    def input_hook(self, name: str) -> Callable[..., None]:
-        """Hook for a linear map whose output is a pre-activation signal."""
+    def input_hook(self, name: str, units: int = 1, stack: int = 1) -> Callable[..., None]:
+        """Hook for a linear map whose output is a pre-activation signal.
+
+        A head of values is read by several query heads: its signal is repeated for each of them. A map that is
+        ``stack`` maps in one has as many signals.
+        """
+        names = [name] if stack == 1 else [f"{name}.{index}" for index in range(stack)]
 
         def hook(_module: torch.nn.Module, _args: object, output: torch.Tensor) -> None:
-            self._keep(name, output.reshape(-1, len(self.total_U)))
+            size, signal_TU = len(self.total_U), output.reshape(-1, output.shape[-1])
+            if (times := size // signal_TU.shape[1]) > 1:
+                heads = signal_TU.unflatten(1, (units, 1, -1))
+                signal_TU = heads.expand(-1, -1, times, -1).flatten(1)
+            for part, map_TU in zip(names, signal_TU.split(size, dim=1), strict=True):
+                self._keep(part, map_TU)
 
         return hook
 

@@ -3,7 +3,9 @@
 Shapes: S sequences, T tokens, D hidden.
 """
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,14 +14,30 @@ from cria_dist.models import depth
 from cria_dist.models.blocks import Block, BlockModel
 from cria_dist.models.checkpoint import Numerics, read_config
 from cria_dist.models.family import family_of
+from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.models.ranks import Ranks
 from cria_dist.models.tensor_parallel import TensorParallelModel
 from cria_dist.records import Site
 from cria_dist.stages.observe import SiteObserver
 from cria_dist.stages.observe_hidden import HiddenObserver
 from cria_dist.stages.observer import Observer
-from cria_dist.stages.sample import TokenSample
+from cria_dist.stages.sample import Sample
 from cria_dist.store.recording import Slice
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is observed.
+
+    Attributes:
+        dtype: data type to store signals in.
+        parts: parts of a layer.
+        hidden: the hidden states around the layers too.
+    """
+
+    dtype: str
+    parts: tuple[str, ...] = ("mlp",)
+    hidden: bool = False
 
 
 class ObservedBlock:
@@ -30,29 +48,29 @@ class ObservedBlock:
         numerics: how it computes.
         block: the layers to load.
         ranks: the processes that share every layer.
-        dtype: data type to store signals in.
-        hidden: observe the hidden states around the layers too.
+        wanted: what is observed.
     """
 
-    def __init__(
-        self, directory: Path, numerics: Numerics, block: Block, ranks: Ranks, dtype: str, hidden: bool = False
-    ) -> None:
-        config = read_config(directory)
+    def __init__(self, directory: Path, numerics: Numerics, block: Block, ranks: Ranks, wanted: Wanted) -> None:
+        config, dtype = read_config(directory), wanted.dtype
         family = family_of(config)
+        self._rows_at = functools.partial(_rows_at, family, config)
         what = directory, numerics, family, block
         self._model = BlockModel(*what) if ranks.size == 1 else TensorParallelModel(*what, ranks)
         self.block = block
         self.observers: dict[Site, Observer] = {}
-        for site, width in family.widths(config).items():
+        for site, units in family.widths(config, wanted.parts).items():
             if block.first <= site.layer < block.stop:
-                held, modules = ranks.units(width), family.modules(site)
+                width, modules = units * family.span(site, config), family.modules(site)
+                held = ranks.units(width)
                 observer = SiteObserver(Slice(held.start, held.stop), width, dtype, self._model.device, ranks.whole)
-                for name, module in modules.inputs.items():
-                    self._model.module(module).register_forward_hook(observer.input_hook(name))
+                for name in modules.recorded:
+                    hook = observer.input_hook(name, units, family.stack(site))
+                    self._model.module(modules.inputs[name]).register_forward_hook(hook)
                 self._model.module(modules.output).register_forward_pre_hook(observer.output_hook)
                 self._model.module(f"{family.layers}.{site.layer}").register_forward_hook(observer.layer_hook)
                 self.observers[site] = observer
-        for site in depth.layer_sites(config)[block.first : block.stop] if hidden else ():
+        for site in depth.layer_sites(config)[block.first : block.stop] if wanted.hidden else ():
             width, layer = int(config["hidden_size"]), self._model.module(f"{family.layers}.{site.layer}")
             observer = HiddenObserver(Slice(0, width), width, dtype, self._model.device)
             if site.layer == 0:
@@ -64,7 +82,7 @@ class ObservedBlock:
         self,
         values: torch.Tensor,
         sequences: range,
-        sample: TokenSample,
+        sample: Sample,
         batch: int,
         finished: Callable[[Site, Observer], None],
     ) -> torch.Tensor | None:
@@ -73,7 +91,7 @@ class ObservedBlock:
         Args:
             values: its tokens [S, T] or pixels [S, C, H, W], or the hidden states [S, T, D] before the block.
             sequences: numbers of its sequences.
-            sample: the tokens to keep.
+            sample: the tokens to keep, and which sequences can go through the model together.
             batch: sequences per forward pass.
             finished: called for each site when the last batch has left its layer, the layers after it still to come.
 
@@ -81,21 +99,25 @@ class ObservedBlock:
             Hidden states after the block, [S, T, D] in the model's data type, on the host; None after the last block.
         """
         after: torch.Tensor | None = None
-        expected = len(sample.rows(sequences))
+        expected = sample.sampled(sequences)
         for observer in self.observers.values():
             observer.reset(expected)
-        for start in range(0, len(sequences), batch):
-            part = sequences[start : start + batch]
-            rows = sample.rows(part).to(self._model.device)
+        left = len(sequences)
+        for part in sample.batches(sequences, batch):
+            rows, inputs = part.rows.to(self._model.device), part.of(values)
+            left -= len(inputs)
             for site, observer in self.observers.items():
-                is_last = part.stop == sequences.stop
-                observer.begin(rows, _bound(finished, site, observer) if is_last else None)
-            hidden_STD = self._model(values[start : start + len(part)])
+                observer.begin(self._rows_at(site, rows), None if left else _bound(finished, site, observer))
+            hidden_STD = self._model(inputs)
             if not self.block.is_last:
-                if after is None:
-                    after = torch.empty(len(sequences), *hidden_STD.shape[1:], dtype=hidden_STD.dtype)
-                after[start : start + len(part)] = hidden_STD
+                if after is None:  # the first batch has the longest sequences
+                    after = torch.zeros(len(sequences), *hidden_STD.shape[1:], dtype=hidden_STD.dtype)
+                part.put(after, hidden_STD)
         return after
+
+
+def _rows_at(family: MlpFamily, config: ModelDict, site: Site, rows: torch.Tensor) -> torch.Tensor:
+    return family.rows_at(site, config, rows)
 
 
 def _bound(finished: Callable[[Site, Observer], None], site: Site, observer: Observer) -> Callable[[], None]:

@@ -15,12 +15,13 @@ from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.records import Site, Stage
 from cria_dist.stages import checks
-from cria_dist.stages.budget import fewest_units, final_widths
+from cria_dist.stages.budget import budget_of, fewest_units, final_widths
 from cria_dist.stages.check_layers import check_layer_methods
-from cria_dist.stages.corpus import load_tokens
+from cria_dist.stages.check_recovery import check_recovery
+from cria_dist.stages.check_takes import check_takes
 from cria_dist.stages.decide_weights import check_weight_methods
-from cria_dist.stages.images import staged_pixels
-from cria_dist.stages.token_files import NAMES, Cut, InputFiles, cut_tokens
+from cria_dist.stages.inputs import corpus_cuts
+from cria_dist.stages.token_files import Cut, InputFiles
 from cria_dist.store import places
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Job:
         family: its adapter.
         widths: units per site.
         dense_parameters: parameters of the dense model, tied weights once.
-        digests: of the model and of the calibration and test tokens, or of the calibration images.
+        digests: of the model, of the calibration and test tokens or examples, and of their labels.
     """
 
     config: RunConfig
@@ -57,18 +58,50 @@ class Job:
 
     @property
     def calibration_path(self) -> Path:
-        """Calibration tokens, int32 [sequences, length], or images, float32 [images, channels, height, width]."""
-        return self.folder / self.family.takes / "calibration.npy"
+        """Calibration tokens, int32 [sequences, length], or images, float32 [images, channels, height, width].
+
+        Sentences are rows of tokens too, padded behind their end (``stages/examples.py``).
+        """
+        return self._input("calibration")
+
+    @property
+    def calibration_labels_path(self) -> Path | None:
+        """Labels of a classifier's calibration examples, int64 [examples]."""
+        return self._input("calibration-labels") if self._is_labelled else None
 
     @property
     def calibration_digest(self) -> str:
-        """Digest of the calibration tokens or images."""
+        """Digest of the calibration tokens or examples, without their labels."""
         return self.digests[f"calibration_{self.family.takes}"]
 
     @property
+    def training_digests(self) -> list[str]:
+        """Digests of what is trained on: the calibration tokens, or examples and labels."""
+        labels = [self.digests["calibration_labels"]] if self._is_labelled else []
+        return [self.calibration_digest, *labels]
+
+    @property
     def test_path(self) -> Path:
-        """Test tokens, int32 [sequences, length]."""
-        return self.folder / "tokens" / "test.npy"
+        """Test tokens or examples, as those of the calibration."""
+        return self._input("test")
+
+    @property
+    def test_labels_path(self) -> Path | None:
+        """Labels of a classifier's test examples."""
+        return self._input("test-labels") if self._is_labelled else None
+
+    @property
+    def test_digests(self) -> list[str]:
+        """Digests of what is measured on."""
+        labels = [self.digests["test_labels"]] if self._is_labelled else []
+        return [self.digests[f"test_{self.family.takes}"], *labels]
+
+    @property
+    def _is_labelled(self) -> bool:
+        return self.family.takes != "tokens" and self.config.data.labelled
+
+    def _input(self, name: str) -> Path:
+        return self.folder / self.family.takes / f"{name}.npy"
 
     @property
     def repair(self) -> Repair:
@@ -80,6 +113,20 @@ class Job:
         if self.config.prune.repair != "bias":
             return 0
         return sum(self.family.output_bias_cost(self.model_config, len(units)) for units in kept.values())
+
+    @property
+    def unit_parameters(self) -> dict[str, int]:
+        """Parameters that leave with one unit of each site."""
+        prune = self.config.prune.model_copy(update={"budget": "parameters"})
+        measured = self.config.model_copy(update={"prune": prune})
+        costs = budget_of(measured, self.family, self.model_config, self.dense_parameters).unit_cost
+        return {site.key: cost for site, cost in costs.items()}
+
+    @property
+    def other_parts(self) -> list[object]:
+        """The parts that are scored where they are not the MLPs alone: as digests of runs know them."""
+        parts = self.config.prune.parts
+        return [] if parts == ("mlp",) else [list(parts)]
 
     @property
     def final_widths(self) -> dict[str, int]:
@@ -103,21 +150,24 @@ def prepare(config: RunConfig, until: Stage = "evaluate") -> Job:
     model_dir = checkpoint.locate(config.model.path, config.model.revision)
     model_config = checkpoint.read_config(model_dir)
     family = family_of(model_config)
-    checks.check_takes(config, family, until)
+    check_takes(config, family, model_config, until)
     checks.check_tensors(model_dir, family, model_config)
+    checks.check_units(config, family, model_config)
+    widths = family.widths(model_config, config.prune.parts)
     dense_parameters = checkpoint.count_parameters(model_config)
     evenly = config.prune.allocation == "uniform"
     if not evenly or any(method.unit == "mlp" for method in (config.method, *config.compare)):
         kept = (final_widths if evenly else fewest_units)(config, family, model_config, dense_parameters)
         family.narrowed(model_config, kept, config.prune.repair == "bias")
-        checks.check_methods(config, family.widths(model_config), kept)
+        checks.check_methods(config, widths, kept)
     check_layer_methods(config, family, model_config, dense_parameters)
     check_weight_methods(config, family, model_config, dense_parameters)
+    check_recovery(config)
     checks.check_sampling(config, family.positions(model_config, config.data.sequence_length))
     places.check(config.record.storage)
     checks.check_disk(config, model_config, family, folder, dense_parameters)
     digests = {"model": checkpoint.fingerprint(model_dir)}
-    job = Job(config, folder, model_dir, model_config, family, family.widths(model_config), dense_parameters, digests)
+    job = Job(config, folder, model_dir, model_config, family, widths, dense_parameters, digests)
     return replace(job, digests={**digests, **_write_inputs(job)})
 
 
@@ -136,17 +186,12 @@ def _write_inputs(job: Job) -> Mapping[str, str]:
 
 @contextmanager
 def _cuts(job: Job) -> Generator[Mapping[str, Cut]]:
-    """The corpus as arrays."""
-    data = job.config.data
-    if job.family.takes == "tokens":
-        arrays = load_tokens(data, checkpoint.load_tokenizer(job.model_dir))
-        yield {name: cut_tokens(tokens_ST) for name, tokens_ST in zip(NAMES["tokens"], arrays, strict=True)}
-        return
-    shape = job.family.input_shape(job.model_config, data.sequence_length)
-    with _explaining(job.folder):
-        job.folder.mkdir(parents=True, exist_ok=True)
-    with staged_pixels(job.folder, job.model_dir, data, shape) as cut:
-        yield {"calibration": cut}
+    """The corpora as arrays, large ones in a hidden folder."""
+    if job.family.takes == "images":
+        with _explaining(job.folder):
+            job.folder.mkdir(parents=True, exist_ok=True)
+    with corpus_cuts(job.folder, job.model_dir, job.model_config, job.family, job.config) as found:
+        yield found
 
 
 def run_folder(config: RunConfig) -> Path:

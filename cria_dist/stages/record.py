@@ -19,8 +19,8 @@ from cria_dist.models import checkpoint, ranks
 from cria_dist.models.blocks import Block
 from cria_dist.models.family import family_of
 from cria_dist.stages import boundary
-from cria_dist.stages.observed_block import ObservedBlock
-from cria_dist.stages.sample import TokenSample
+from cria_dist.stages.observed_block import ObservedBlock, Wanted
+from cria_dist.stages.sample import sample_of
 from cria_dist.stages.shard_writer import ShardWriter
 from cria_dist.store.recording import Recording
 
@@ -45,6 +45,7 @@ class RecordTask:
         sampled_tokens: tokens per site to store, over all shards.
         seed: seed of the token sample.
         hidden: record the hidden states around the layers too.
+        parts: parts of a layer to observe.
     """
 
     recording: Recording
@@ -57,6 +58,7 @@ class RecordTask:
     sampled_tokens: int
     seed: int
     hidden: bool = False
+    parts: tuple[str, ...] = ("mlp",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,8 @@ class Recorder:
         if size > 1:
             weakref.finalize(self, ranks.leave)
         self._inputs = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)
-        count, width = self._inputs.shape[:2]
         config = checkpoint.read_config(task.model_dir)
-        length = family_of(config).positions(config, width)
-        self._sample = TokenSample(task.seed, count, length, task.sampled_tokens)
+        self._sample = sample_of(family_of(config), config, self._inputs, task.sampled_tokens, task.seed)
         self._batch = task.batch_sequences
         self._observed: ObservedBlock | None = None
 
@@ -155,7 +155,7 @@ class Recorder:
         if after is not None:
             written += boundary.write(task.recording, block.stop, work.shard, after)
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return ShardDone(len(sequences) * self._sample.length, written, peak)
+        return ShardDone(self._sample.count(sequences), written, peak)
 
     def _commit(self, work: ShardWork, observed: ObservedBlock, writer: ShardWriter) -> int:
         """Commit each site once it is written, in the order of the layers; returns the bytes written."""
@@ -187,6 +187,6 @@ class Recorder:
         if self._observed is None or self._observed.block != block:
             self._observed = None
             task = self._task
-            what = task.model_dir, task.numerics, block, self._ranks, task.signal_dtype, task.hidden
-            self._observed = ObservedBlock(*what)
+            what = task.model_dir, task.numerics, block, self._ranks
+            self._observed = ObservedBlock(*what, Wanted(task.signal_dtype, task.parts, task.hidden))
         return self._observed

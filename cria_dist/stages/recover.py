@@ -1,29 +1,31 @@
 """Recover: a short fine-tuning of the pruned model. Plain PyTorch; who starts several workers is outside.
 
-Its parts: ``recover_data`` (order), ``recover_step`` (one optimiser step), ``recover_loss`` and ``distil`` (what is
-minimised), ``recover_state`` (checkpoints), ``recover_log`` (loss per step).
+Its parts: ``recover_model`` (what learns), ``recover_data`` (order), ``recover_step`` (one optimiser step),
+``recover_loss`` and ``distil`` (what is minimised), ``recover_watch`` (when to stop), ``recover_state`` (checkpoints),
+``recover_log`` (loss per step).
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
 from cria_dist.errors import NumericError
 from cria_dist.models import checkpoint
-from cria_dist.models.family import family_of
 from cria_dist.stages.distil import Teacher, objective_of
-from cria_dist.stages.recover_data import sequence_order, training_sequences
+from cria_dist.stages.examples import Data
+from cria_dist.stages.recover_data import sequence_order, training_data
 from cria_dist.stages.recover_log import append_log, cut_log, following, read_log
-from cria_dist.stages.recover_loss import next_token_loss
+from cria_dist.stages.recover_loss import Objective, next_token_loss
+from cria_dist.stages.recover_model import Learning, merged_state, stored_names
 from cria_dist.stages.recover_state import TrainState
 from cria_dist.stages.recover_step import Place, learning_rate, optimise
+from cria_dist.stages.recover_watch import held_out_loss, is_over, split
 from cria_dist.stages.recover_zeros import hold_zeros
 
 __all__ = ["Checkpoint", "Place", "RecoverTask", "Teacher", "following", "next_token_loss", "read_log", "train"]
@@ -35,14 +37,16 @@ class RecoverTask:
 
     Attributes:
         model_dir: pruned checkpoint.
-        tokens_path: calibration tokens.
+        tokens_path: calibration tokens or examples.
         target: folder for the recovered checkpoint.
         log_path: JSON line per step (step, loss, learning rate, seconds), written by rank 0.
         config: recipe.
         matmul: precision of float32 matrix products; weights and optimiser are float32.
         seed: seed of the data order.
         teacher: the dense model, loaded only where the recipe distils.
-        held: parameters whose zeros stay zero.
+        held: tensors of the checkpoint whose zeros stay zero.
+        labels_path: labels of the examples; None for a language model.
+        parts: parts of a layer that lost units.
     """
 
     model_dir: Path
@@ -54,6 +58,8 @@ class RecoverTask:
     seed: int
     teacher: Teacher | None = None
     held: tuple[str, ...] = ()
+    labels_path: Path | None = None
+    parts: tuple[str, ...] = ("mlp",)
 
 
 Checkpoint = Callable[[int, Callable[[Path], None]], None]
@@ -74,44 +80,67 @@ def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint:
         NumericError: the loss is not finite.
     """
     config = task.config
-    objective = objective_of(config, task.teacher, task.matmul)
-    model = checkpoint.load_model(task.model_dir, checkpoint.Numerics("float32", task.matmul)).train()
-    for parameter in frozen_parameters(model, config):
-        parameter.requires_grad_(False)
-    hold_zeros(model, task.held)
-    state = TrainState(model, config)
-    start = state.load(resume) if resume is not None else 0
+    objective = objective_of(config, task.teacher, task.matmul, task.labels_path is not None)
+    model = student(task)
+    learner = Learner(model, TrainState(model, config), objective, config, place)
+    start = learner.state.load(resume) if resume is not None else 0
     if place.rank == 0:
         cut_log(task.log_path, start)
-    blocks_ST = training_sequences(np.load(task.tokens_path, allow_pickle=False), config.sequence_length)
-    order = sequence_order(len(blocks_ST), config, task.seed)
+    data, held = split(training_data(task.tokens_path, task.labels_path, config.sequence_length), config.patience)
+    order = sequence_order(len(data), config, task.seed)
     started = time.monotonic()
     for step in range(start, config.steps):
-        mine = order[step][place.rank :: place.world]
-        loss = optimise(model, state, blocks_ST[mine], learning_rate(step, config), place, objective)
+        found = {"loss": learner.learn(step, data[order[step][place.rank :: place.world]])}
+        at_checkpoint = (step + 1) % config.checkpoint_every == 0
+        if held is not None and (at_checkpoint or step + 1 == config.steps):
+            found["held_out"] = held_out_loss(model, held, place)
+        if place.rank == 0:
+            append_log(task.log_path, step=step + 1, seconds=time.monotonic() - started, **found)
+        if "held_out" in found and is_over(learner.state, found["held_out"], config.patience):
+            break
+        if at_checkpoint and step + 1 < config.steps:
+            save_checkpoint(step + 1, lambda folder, done=step + 1: learner.state.save(folder, done))
+    learner.state.take_best()
+    if place.rank == 0:
+        checkpoint.write_like(task.model_dir, task.target, merged_state(model))
+
+
+def student(task: RecoverTask) -> PreTrainedModel:
+    """The pruned model with what shall learn ready to learn; dropout is off, for what it draws depends on workers."""
+    model = checkpoint.load_model(task.model_dir, checkpoint.Numerics("float32", task.matmul))
+    in_memory = {on_disk: name for name, on_disk in stored_names(model).items()}
+    hold_zeros(model, [in_memory[name] for name in task.held])
+    Learning(task.config, task.parts, task.seed).prepare(model)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """A model on its way.
+
+    Attributes:
+        model: what is trained.
+        state: its parameters that learn, and their optimiser.
+        objective: what is minimised.
+        config: recipe.
+        place: this worker.
+    """
+
+    model: PreTrainedModel
+    state: TrainState
+    objective: Objective
+    config: RecoverConfig
+    place: Place
+
+    def learn(self, step: int, batch: Data) -> float:
+        """One optimiser step, this worker on its part of the global batch; returns the loss of the whole batch.
+
+        Raises:
+            NumericError: the loss is not finite.
+        """
+        mixed = self.config.dtype == "bfloat16"
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed):
+            loss = optimise(self.model, self.state, batch, learning_rate(step, self.config), self.place, self.objective)
         if not math.isfinite(loss):
             raise NumericError(f"recovery: the loss is {loss} at step {step}; lower recover.learning_rate")
-        if place.rank == 0:
-            append_log(task.log_path, step=step + 1, loss=loss, seconds=time.monotonic() - started)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            save_checkpoint(step + 1, lambda folder, done=step + 1: state.save(folder, done))
-    if place.rank == 0:
-        write_recovered(model, task)
-
-
-def frozen_parameters(model: PreTrainedModel, config: RecoverConfig) -> Iterator[torch.nn.Parameter]:
-    """Parameters the recipe leaves alone: embeddings under ``blocks``, all that kept its shape under ``mlp``."""
-    if config.train == "blocks":
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if module is not None:
-                yield from module.parameters()
-    if config.train == "mlp":
-        shape = model.config.to_dict()
-        family = family_of(shape)
-        trained = {name for site in family.widths(shape) for name in family.coupled_tensors(site, shape)}
-        yield from (parameter for name, parameter in model.named_parameters() if name not in trained)
-
-
-def write_recovered(model: PreTrainedModel, task: RecoverTask) -> None:
-    """Write the fine-tuned weights in the layout, dtype and with the side files of the pruned checkpoint."""
-    checkpoint.write_like(task.model_dir, task.target, model.state_dict())
+        return loss

@@ -1,14 +1,23 @@
-"""What a recovery reads: the calibration text in training sequences, in an order that no worker count changes.
+"""What a recovery reads: the calibration text in training sequences, or examples, in an order no worker count changes.
 
 Shapes: S sequences, T tokens.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from cria_dist.config import RecoverConfig
+from cria_dist.stages.examples import Data, read_examples
+
+
+def training_data(inputs_path: Path, labels_path: Path | None, length: int) -> Data:
+    """What is trained on: calibration tokens as sequences of ``length``, or whole examples with their labels."""
+    if labels_path is not None:
+        return read_examples(inputs_path, labels_path)
+    return training_sequences(np.load(inputs_path, allow_pickle=False), length)
 
 
 def training_sequences(tokens_ST: np.ndarray, length: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
+from cria_dist.stages.examples import Data, like_examples
 from cria_dist.stages.recover_loss import Objective, cross_entropy
 from cria_dist.stages.recover_state import TrainState
 
@@ -38,7 +39,7 @@ def learning_rate(step: int, config: RecoverConfig) -> float:
 def optimise(
     model: PreTrainedModel,
     state: TrainState,
-    batch_ST: torch.Tensor,
+    batch: Data,
     rate: float,
     place: Place,
     objective: Objective = cross_entropy,
@@ -51,8 +52,9 @@ def optimise(
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    for part_ST in batch_ST.split(MICRO_SEQUENCES):
-        total += objective(model, part_ST, len(part_ST) / len(batch_ST))
+    parts = batch.split(MICRO_SEQUENCES) if isinstance(batch, torch.Tensor) else like_examples(batch)
+    for part in parts:
+        total += objective(model, part, len(part) / len(batch))
     average_gradients(state.trained.values(), place)
     torch.nn.utils.clip_grad_norm_(state.trained.values(), CLIP_NORM)
     state.optimizer.step()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cria_dist.errors import DataError
+from cria_dist.models import depth
 from cria_dist.records import PruningPlan, Report, Site, SiteEvidence
 from cria_dist.report.writer import report_from_json, write_report
 from cria_dist.store import site_scores
@@ -23,8 +24,12 @@ def redraw(folder: Path) -> Path:
 
 
 def site_evidence(scores_folder: Path, plan: PruningPlan) -> list[SiteEvidence]:
-    """Scores of the first round (dense numbering) beside what the plan kept."""
+    """Scores of the first round (dense numbering) beside what the plan kept.
+
+    Whole layers that went beside units inside others have no scores: their losses were measured.
+    """
+    kept = depth.within_layers(plan.kept) or plan.kept
     return [
-        SiteEvidence(Site.from_key(key), site_scores.read_scores(scores_folder, Site.from_key(key)), plan.kept[key])
-        for key in sorted(plan.kept)
+        SiteEvidence(Site.from_key(key), site_scores.read_scores(scores_folder, Site.from_key(key)), kept[key])
+        for key in sorted(kept)
     ]

@@ -1,11 +1,12 @@
 """Repair: re-solve what the surviving output weights of a site do, from the recorded moments."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -60,9 +61,11 @@ class Repairer:
         task, output = self._task, self._family.stored(site).output
         with checkpoint.open_tensors(task.model_dir) as tensors:
             stored_DN = tensors.read(f"{output}.weight")
-            bias_D = tensors.read(f"{output}.bias") if self._family.has_bias(self._config) else None
+            biased = site.part == "mlp" and self._family.has_bias(self._config)
+            bias_D = tensors.read(f"{output}.bias") if biased else None
         weight_DN = stored_DN.double().numpy()
-        moments, kept_S = task.recording.moments(site), np.asarray(task.kept[site.key])
+        moments = task.recording.moments(site)
+        kept_S = signals_of(task.kept[site.key], self._family.span(site, self._config))
         replaced: dict[str, torch.Tensor] = {}
         try:
             if task.kind == "least_squares":
@@ -75,6 +78,11 @@ class Repairer:
         stored = {name: tensor.to(stored_DN.dtype).contiguous() for name, tensor in replaced.items()}
         write_bytes(task.folder / f"{site.key}.safetensors", save(stored, metadata={"digest": task.digest}))
         return site.key
+
+
+def signals_of(kept: Sequence[int], span: int) -> NDArray[np.int64]:
+    """The signals of some units, ``span`` consecutive ones of each."""
+    return (np.asarray(kept, dtype=np.int64)[:, np.newaxis] * span + np.arange(span)).ravel()
 
 
 def is_repaired(folder: Path, site: Site, digest: str) -> bool:

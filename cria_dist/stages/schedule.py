@@ -164,7 +164,7 @@ def _layouts(kind: Kind, work: Workload, workers: int) -> Iterator[Layout]:
     elif kind == "sweep":
         for count in range(1, work.layers + 1):
             yield partition(work.layers, count), 1
-    elif not work.records_hidden:
+    elif not work.records_hidden and work.parts == ("mlp",):
         legal = (ranks for ranks in range(workers, 1, -1) if tensor_ranks_problem(work.model_config, ranks) is None)
         yield from ((whole, ranks) for ranks in itertools.islice(legal, 1))
 

@@ -1,13 +1,14 @@
 """Sensitivity: the loss on held-out calibration text with some sites pruned, in the weights in memory.
 
 The output columns of the removed units are zeroed, which computes the same as removing them, and those of the survivors
-are repaired from the shards that are not held out. The ranking of the units has seen all shards.
+are repaired from the shards that are not held out; a removed layer hands the hidden state through. The ranking of the
+units has seen all shards.
 Shapes: S sequences, T tokens, D outputs of the next linear map, N units, V vocabulary.
 """
 
 import math
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import cast
 
 import numpy as np
@@ -15,12 +16,13 @@ import torch
 
 from cria_dist.errors import NumericError
 from cria_dist.maths.repair import least_squares, mean_bias
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, depth
 from cria_dist.models.family import family_of
 from cria_dist.models.tails import TailModel
 from cria_dist.records import Moments, Site
 from cria_dist.stages.decide import select
 from cria_dist.stages.losses import LossTask, Probe, Trial, write_losses
+from cria_dist.stages.repair import signals_of
 from cria_dist.store.site_scores import read_scores
 
 
@@ -29,7 +31,8 @@ class _Meter:
 
     def __init__(self, task: LossTask) -> None:
         self._task = task
-        self._family = family_of(checkpoint.read_config(task.model_dir))
+        self._config = checkpoint.read_config(task.model_dir)
+        self._family = family_of(self._config)
         self._tail = TailModel(checkpoint.load_model(task.model_dir, task.numerics), self._family)
         tokens_ST = np.load(task.tokens_path, allow_pickle=False)[task.sequences.start : task.sequences.stop]
         self._batches = torch.from_numpy(tokens_ST.astype(np.int64)).split(task.batch_sequences)
@@ -58,14 +61,24 @@ class _Meter:
         return total / count
 
     def _moments(self, site: Site) -> Moments | None:
-        return None if self._task.repair == "none" else self._task.recording.moments(site, self._task.shards)
+        if self._task.repair == "none" or site.part == depth.PART:
+            return None
+        return self._task.recording.moments(site, self._task.shards)
+
+    def _span(self, site: Site) -> int:
+        return self._family.span(site, self._config)
+
+    def _pruned(self, site: Site, width: int, moments: Moments | None) -> AbstractContextManager[None]:
+        """The model with fewer units at a site, repaired, or without a layer, until the block ends."""
+        if site.part == depth.PART:
+            return nullcontext() if width else self._tail.without(site.layer)
+        return self._narrower(site, width, moments) if width else nullcontext()
 
     @contextmanager
-    def _pruned(self, site: Site, width: int, moments: Moments | None) -> Generator[None]:
-        """The model with fewer units at a site, repaired, until the block ends."""
+    def _narrower(self, site: Site, width: int, moments: Moments | None) -> Generator[None]:
         output = cast(torch.nn.Linear, self._tail.model.get_submodule(self._family.modules(site).output))
         dense = {name: getattr(output, name) for name in ("weight", "bias")}
-        kept_S = np.asarray(select(read_scores(self._task.folder, site), width))
+        kept_S = signals_of(select(read_scores(self._task.folder, site), width), self._span(site))
         weight_DN = dense["weight"].detach().double().cpu().numpy()
         pruned_DN, shift_D = np.zeros_like(weight_DN), None
         pruned_DN[:, kept_S] = weight_DN[:, kept_S]

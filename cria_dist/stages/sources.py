@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cria_dist.config import CorpusConfig
 from cria_dist.errors import ConfigError, DataError
-from cria_dist.stages.lines import Rows, json_rows, paragraphs
+from cria_dist.stages.lines import Rows, json_rows, paragraphs, tab_rows
 
 SEPARATOR = "\n\n"
 STRETCH = 1 << 16
@@ -19,36 +18,54 @@ STRETCH = 1 << 16
 BATCH = 64
 """Rows of a Parquet file decoded at a time."""
 
-Item = TypeVar("Item", str, NDArray[np.uint8])
+Item = TypeVar("Item")
 """A document, or the RGB values of an image."""
 Where = Callable[[], str]
 """Names a value in messages: field, source and row."""
 Convert = Callable[[Any, Where], Item | None]
 """Makes an item of a field's value; None leaves the row out."""
+Make = Callable[[Any, Callable[[], str]], Item | None]
+"""Makes an item of a row and its name; None leaves the row out."""
 
 
 def read_items(corpus: CorpusConfig, convert: Convert[Item]) -> Iterator[Item]:
     """Items of a corpus, one at a time and in a fixed order; reads no further than it is asked.
 
-    An item is made of a paragraph of a ``.txt`` file (blank lines separate them), of a row of a ``.jsonl`` or
+    An item is made of a paragraph of a ``.txt`` file (blank lines separate them), of a row of a ``.tsv``, ``.jsonl`` or
     ``.parquet`` file or of a hub data set, or of a paragraph of ``builtin:pydoc`` (the language reference of the
     running Python). A local folder that ``datasets.load_dataset`` understands is read like a hub data set.
 
-    ``part`` cuts at half the bytes of a ``.txt`` or ``.jsonl`` file, half the rows of a ``.parquet`` file, half the
-    characters of the built-in text. A hub data set is streamed and its length unknown: stretches of 65,536 characters
-    or bytes of pixels (whole items) are dealt in turn to the first and the second part.
+    ``part`` cuts at half the bytes of a ``.txt``, ``.tsv`` or ``.jsonl`` file, half the rows of a ``.parquet`` file,
+    half the characters of the built-in text. A hub data set is streamed and its length unknown: stretches of 65,536
+    characters or bytes of pixels (whole items) are dealt in turn to the first and the second part.
 
     Raises:
         ConfigError: the kind of source or the field does not exist, or an option does not apply to the source.
         DataError: the source cannot be read; raised during the iteration.
     """
+    return _read(corpus, functools.partial(_item, corpus, convert))
+
+
+def read_labelled(
+    corpus: CorpusConfig, convert: Convert[Item], read_label: Callable[[Any, Where], int]
+) -> Iterator[tuple[Item, int]]:
+    """Items of a corpus with their labels; see :func:`read_items`.
+
+    Raises:
+        ConfigError: what :func:`read_items` raises, or the source has no labels.
+        DataError: the source cannot be read, or a row has no label that the model knows; during the iteration.
+    """
+    return _read(corpus, functools.partial(_labelled, corpus, convert, read_label))
+
+
+def _read(corpus: CorpusConfig, make: Make[Item]) -> Iterator[Item]:
     reader = _reader(corpus.source)
     if corpus.format == "chat" and reader in (paragraphs, _pydoc_paragraphs):
         raise ConfigError(f'source={corpus.source!r} is plain text without messages; set format="text"')
     if corpus.revision is not None and (reader is not _hub_rows or Path(corpus.source).exists()):
         raise ConfigError(f"revision={corpus.revision!r} is for hub data sets; leave it out for {corpus.source}")
     cut = _deal if reader is _hub_rows else _halve
-    return cut(reader(corpus), corpus, convert)
+    return cut(reader(corpus), corpus, make)
 
 
 def plain_text(value: Any, where: Where) -> str | None:
@@ -67,44 +84,76 @@ def plain_text(value: Any, where: Where) -> str | None:
     raise ConfigError(f"{where()} holds {kind}, not text; {remedy}")
 
 
-def _halve(rows: Rows, corpus: CorpusConfig, convert: Convert[Item]) -> Iterator[Item]:
+def _halve(rows: Rows, corpus: CorpusConfig, make: Make[Item]) -> Iterator[Item]:
     start, stop = {"all": (0.0, math.inf), "first": (0.0, 0.5), "second": (0.5, math.inf)}[corpus.part]
     for place, name, row in rows:
         if place >= stop:
             return
-        item = _item(row, name, corpus, convert) if place >= start else None
+        item = make(row, name) if place >= start else None
         if item is not None:
             yield item
 
 
-def _deal(rows: Rows, corpus: CorpusConfig, convert: Convert[Item]) -> Iterator[Item]:
+def _deal(rows: Rows, corpus: CorpusConfig, make: Make[Item]) -> Iterator[Item]:
     turn, size = "first", 0
     for _, name, row in rows:
-        item = _item(row, name, corpus, convert)
+        item = make(row, name)
         if item is None:
             continue
         if corpus.part in ("all", turn):
             yield item
-        size += len(item) if isinstance(item, str) else item.nbytes
+        size += _size(item)
         if size >= STRETCH:
             turn, size = "second" if turn == "first" else "first", 0
 
 
-def _item(row: Any, name: Callable[[], str], corpus: CorpusConfig, convert: Convert[Item]) -> Item | None:
+def _size(item: object) -> int:
+    """Characters, or bytes of pixels; a label counts for nothing."""
+    if isinstance(item, tuple):
+        item = item[0]
+    return item.nbytes if isinstance(item, np.ndarray) else len(str(item))
+
+
+def _item(corpus: CorpusConfig, convert: Convert[Item], row: Any, name: Callable[[], str]) -> Item | None:
     if isinstance(row, dict):
-        _require_field(row, corpus)
+        _require_fields(row, corpus)
         row = row[corpus.field]
-    return convert(row, functools.partial(_where, corpus, name))
+    return convert(row, functools.partial(_where, "field", corpus, name))
 
 
-def _where(corpus: CorpusConfig, name: Callable[[], str]) -> str:
-    return f"field={corpus.field!r} of {corpus.source} {name()}"
+def _labelled(
+    corpus: CorpusConfig,
+    convert: Convert[Item],
+    read_label: Callable[[Any, Where], int],
+    row: Any,
+    name: Callable[[], str],
+) -> tuple[Item, int] | None:
+    if not isinstance(row, dict):
+        raise ConfigError(
+            f"source={corpus.source!r} is plain text without labels; give a .tsv, .jsonl or .parquet file"
+        )
+    item = _item(corpus, convert, row, name)
+    return (
+        None
+        if item is None
+        else (item, read_label(row[corpus.label], functools.partial(_where, "label", corpus, name)))
+    )
 
 
-def _require_field(names: Iterable[str], corpus: CorpusConfig) -> None:
+def _where(key: str, corpus: CorpusConfig, name: Callable[[], str]) -> str:
+    return f"{key}={getattr(corpus, key)!r} of {corpus.source} {name()}"
+
+
+def _columns(corpus: CorpusConfig) -> dict[str, str]:
+    """The columns that are read, by the setting that names them."""
+    return {"field": corpus.field} | ({} if corpus.label is None else {"label": corpus.label})
+
+
+def _require_fields(names: Iterable[str], corpus: CorpusConfig) -> None:
     there = list(names)
-    if corpus.field not in there:
-        raise ConfigError(f"field={corpus.field!r} is not in {corpus.source}; it has: {', '.join(map(repr, there))}")
+    for setting, column in _columns(corpus).items():
+        if column not in there:
+            raise ConfigError(f"{setting}={column!r} is not in {corpus.source}; it has: {', '.join(map(repr, there))}")
 
 
 def _reader(source: str) -> Callable[[CorpusConfig], Rows]:
@@ -143,14 +192,14 @@ def _parquet_rows(corpus: CorpusConfig) -> Rows:
 
     try:
         with parquet.ParquetFile(corpus.source, buffer_size=1 << 20) as file:
-            _require_field(file.schema_arrow.names, corpus)
+            _require_fields(file.schema_arrow.names, corpus)
             rows, row = file.metadata.num_rows, 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if corpus.part == "second" and row + size <= rows // 2:
                     row += size
                     continue
-                for batch in file.iter_batches(BATCH, row_groups=[group], columns=[corpus.field]):
+                for batch in file.iter_batches(BATCH, row_groups=[group], columns=[*_columns(corpus).values()]):
                     for record in batch.to_pylist():
                         yield row / rows, functools.partial(_row_name, row), record
                         row += 1
@@ -183,4 +232,4 @@ def _row_name(row: int) -> str:
     return f"row {row} (from 0)"
 
 
-FILE_READERS = {".txt": paragraphs, ".jsonl": json_rows, ".parquet": _parquet_rows}
+FILE_READERS = {".txt": paragraphs, ".tsv": tab_rows, ".jsonl": json_rows, ".parquet": _parquet_rows}

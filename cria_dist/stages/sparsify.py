@@ -81,7 +81,7 @@ class Sparsifier:
                 left_N += _squares(sparse[name], unit_axis)
                 all_N += _squares(stored_OI, unit_axis)
         facts, share_N = _of_site(measured), np.divide(left_N, all_N, out=np.zeros(width), where=all_N > 0)
-        cost_N = np.full(width, self._family.unit_cost(self._config), dtype=np.int64)
+        cost_N = np.full(width, self._family.unit_cost(site, self._config), dtype=np.int64)
         write_scores(task.folder, Scores(site, share_N, cost_N, facts=facts), task.digest)
         write_bytes(task.folder / MASKS / f"{site.key}.safetensors", save(sparse, metadata={"digest": task.digest}))
         return site.key

@@ -1,4 +1,4 @@
-"""The tokens or pixels of a run as files: cut once, taken over by later starts while their source is the same.
+"""The tokens, pixels and labels of a run as files: cut once, taken over by later starts while their source is the same.
 
 Shape suffixes: S sequences, T tokens per sequence.
 """
@@ -17,12 +17,9 @@ from cria_dist import files
 from cria_dist.config import CorpusConfig, DataConfig
 from cria_dist.errors import DataError
 from cria_dist.models.mlp import Takes
-from cria_dist.records import Int32
 
 log = logging.getLogger(__name__)
 
-NAMES: Mapping[Takes, tuple[str, ...]] = {"tokens": ("calibration", "test"), "images": ("calibration",)}
-"""Files of a run: nothing is measured on images yet."""
 SCHEMA = 1
 
 
@@ -39,15 +36,22 @@ class Cut:
     write: Callable[[Path], object]
 
 
+def corpora_of(takes: Takes, data: DataConfig) -> tuple[str, ...]:
+    """The corpora a run reads: nothing can be measured on examples without labels."""
+    return ("calibration", "test") if takes == "tokens" or data.labelled else ("calibration",)
+
+
 class InputFiles:
     """``calibration.npy``, ``test.npy`` and the record of what they were cut from, which is written last.
+
+    The labels of examples lie beside them, in ``calibration-labels.npy`` and ``test-labels.npy``.
 
     Files (text, images, data sets, tokenizer) are told apart by size and time of change, as ``make`` does it: one that
     was only touched is read again and found equal. What is not on this machine (a hub data set, a text deleted since)
     is not asked for again: a run stays on the tokens it began with; ``revision`` pins a hub data set for the next run.
 
     Args:
-        folder: run folder; the files lie in its ``tokens`` or ``images``.
+        folder: run folder; the files lie in its ``tokens``, ``sentences`` or ``images``.
         takes: what the model takes.
         data: what they are cut from and how.
         model_dir: checkpoint with the tokenizer or image processor.
@@ -58,8 +62,8 @@ class InputFiles:
         self._takes: Takes = takes
         tokenizer = [path for path in model_dir.iterdir() if path.is_file() and path.suffix != ".safetensors"]
         self._origin: dict[str, Any] = {
-            "data": data.model_dump(mode="json"),
-            **{name: _source_stamp(getattr(data, name)) for name in NAMES[takes]},
+            "data": data.content_part(),
+            **{name: _source_stamp(getattr(data, name)) for name in corpora_of(takes, data)},
             "tokenizer": _stamp(tokenizer, model_dir),
         }
 
@@ -69,16 +73,17 @@ class InputFiles:
         then = record.get("origin", {})
         if not record or any(now is not None and now != then.get(key) for key, now in self._origin.items()):
             return {}
-        for name in NAMES[self._takes]:
+        for name, digest in record["files"].items():
             path = self._folder / f"{name}.npy"
-            if not path.is_file() or files.file_digest(path) != record["files"][name]:
+            if not path.is_file() or files.file_digest(path) != digest:
                 log.warning("%s is damaged or gone: the corpus is read again", path)
                 return {}
         return record["digests"]
 
     def name(self, cuts: Mapping[str, Cut]) -> dict[str, str]:
         """Digests of what was cut, as the run's ``config.json`` names them."""
-        return {f"{name}_{self._takes}": cut.digest for name, cut in cuts.items()}
+        keys = {name: name.replace("-", "_") if "-" in name else f"{name}_{self._takes}" for name in cuts}
+        return {keys[name]: cut.digest for name, cut in cuts.items()}
 
     def write(self, cuts: Mapping[str, Cut]) -> None:
         """Write what was cut, then the record."""
@@ -111,14 +116,14 @@ class InputFiles:
         return record
 
 
-def cut_tokens(tokens_ST: Int32) -> Cut:
-    """Tokens in memory, ready to be written."""
-    return Cut(files.digest(tokens_ST.tobytes()), functools.partial(_save, tokens_ST))
+def cut_array(array: np.ndarray) -> Cut:
+    """Tokens or labels in memory, ready to be written."""
+    return Cut(files.digest(array.tobytes()), functools.partial(_save, array))
 
 
-def _save(tokens_ST: Int32, path: Path) -> None:
+def _save(array: np.ndarray, path: Path) -> None:
     with path.open("wb") as handle:
-        np.save(handle, tokens_ST, allow_pickle=False)
+        np.save(handle, array, allow_pickle=False)
 
 
 def _source_stamp(corpus: CorpusConfig) -> object:

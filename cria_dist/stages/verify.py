@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 import cria_dist
 from cria_dist import files
 from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
-from cria_dist.models.mlp import LAYER_WIDTHS
+from cria_dist.models.mlp import layers_differ
+from cria_dist.stages import loaders
 from cria_dist.stages.evaluate import Variant
+from cria_dist.stages.examples import model_inputs
 
 TOLERANCE = 1e-5
 TIMEOUT_SECONDS = 1800
@@ -28,9 +31,10 @@ LOADERS = {
     "stock": """
 import sys
 sys.modules["cria_dist"] = None  # any import of it raises
-from transformers import AutoModelForCausalLM
+import transformers
 def load(directory, dtype):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    stock = getattr(transformers, "{stock}")
+    return stock.from_pretrained(directory, dtype=dtype, local_files_only=True)
 """,
     "ours": """
 import sys
@@ -41,13 +45,13 @@ def load(directory, dtype):
 }
 """How the fresh process loads: as anybody does, or what no stock class loads."""
 STRANGER = """
-import numpy, torch
-from safetensors.numpy import save_file
-directory, tokens, dtype, target = sys.argv[1:]
+import torch
+from safetensors.torch import load_file, save_file
+directory, inputs, dtype, target = sys.argv[1:]
 model = load(directory, getattr(torch, dtype)).eval()
 with torch.inference_mode():
-    logits = model(input_ids=torch.from_numpy(numpy.load(tokens)).long()).logits
-save_file({"logits": logits.float().numpy()}, target)
+    logits = model(**load_file(inputs)).logits
+save_file({"logits": logits.float()}, target)
 """
 FINDINGS = {
     "stock": "loaded in a fresh process without this package, logits equal",
@@ -63,7 +67,7 @@ def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_pa
     Args:
         directory: checkpoint to load.
         reference: the same model, built another way.
-        tokens_path: test tokens; the first 64 tokens of the first sequence are used.
+        tokens_path: test tokens, of which the first 64 of the first sequence are used, or examples (the first one).
         dtype: data type to compute in.
 
     Returns:
@@ -72,16 +76,17 @@ def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_pa
     Raises:
         DataError: the checkpoint does not load, or its logits differ.
     """
-    kind = "ours" if LAYER_WIDTHS in checkpoint.read_config(directory) else "stock"
-    tokens_1T = np.load(tokens_path, allow_pickle=False)[:1, :64]
+    config = checkpoint.read_config(directory)
+    kind = "ours" if layers_differ(config) else "stock"
+    inputs = model_inputs(np.load(tokens_path, mmap_mode="r", allow_pickle=False)[:1, :64])
     with torch.inference_mode():
-        ours = (
-            reference(input_ids=torch.from_numpy(tokens_1T).long().to(_device(reference))).logits.float().cpu().numpy()
-        )
+        here = {name: tensor.to(_device(reference)) for name, tensor in inputs.items()}
+        ours = reference(**here).logits.float().cpu().numpy()
     with tempfile.TemporaryDirectory() as folder:
-        tokens, logits = Path(folder) / "tokens.npy", Path(folder) / "logits.safetensors"
-        np.save(tokens, tokens_1T, allow_pickle=False)
-        command = [sys.executable, "-c", LOADERS[kind] + STRANGER, str(directory), str(tokens), dtype, str(logits)]
+        given, logits = Path(folder) / "inputs.safetensors", Path(folder) / "logits.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
+        loader = LOADERS[kind].replace("{stock}", checkpoint.stock_class(config).__name__)
+        command = [sys.executable, "-c", loader + STRANGER, str(directory), str(given), dtype, str(logits)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": _python_path()}
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, check=False
@@ -114,12 +119,14 @@ class Export:
     Attributes:
         directory: the checkpoint.
         reference: the dense model pruned in memory where that is the same model, else the checkpoint loaded here.
-        record: where the finding is kept.
+        record: where the findings are kept.
+        final: what the run ends with, which other programs are asked about too.
     """
 
     directory: Path
     reference: Variant
     record: Path
+    final: bool
 
     def __str__(self) -> str:
         """Name of the work item."""
@@ -137,5 +144,6 @@ class Verifier:
         """Check one checkpoint and keep the finding."""
         reference = export.reference.load(checkpoint.Numerics(self._dtype))
         finding = loads_in_transformers(export.directory, reference, self._tokens_path, self._dtype)
-        files.write_json(export.record, {"finding": finding})
+        others = loaders.verdicts(export.directory, reference, self._tokens_path) if export.final else {}
+        files.write_json(export.record, {"finding": finding, "others": others})
         return finding

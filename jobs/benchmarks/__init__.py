@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
-from jobs.benchmarks import demo, quality, record, spectral
+from jobs.benchmarks import classifiers, demo, quality, record, recover, spectral, surgery
 from jobs.benchmarks.frame import Measurement
 
 BENCHMARKS: dict[str, Callable[[bool], Measurement]] = {
+    "classifiers": classifiers.measure,
     "demo": demo.measure,
     "quality": quality.measure,
     "record": record.measure,
+    "recover": recover.measure,
     "spectral": spectral.measure,
+    "surgery": surgery.measure,
 }

@@ -127,7 +127,7 @@ def test_a_unit_costs_what_leaves_with_it(make_model: MakeModel, tmp_path: Path)
         config = checkpoint.read_config(wide)
         narrow = {**config, "intermediate_size": 47}
         difference = checkpoint.count_parameters(config) - checkpoint.count_parameters(narrow)
-        assert difference == 2 * family_of(config).unit_cost(config)
+        assert difference == 2 * family_of(config).unit_cost(Site(0), config)
 
 
 def test_empty_model_takes_no_memory(pico: Path) -> None:

@@ -86,7 +86,7 @@ def logits_elsewhere(directory: Path, tmp_path: Path) -> torch.Tensor:
 
 
 def test_every_vision_family_is_tested() -> None:
-    assert [name for name, family in FAMILIES.items() if family.takes == "images"] == ["vit"]
+    assert [name for name, family in FAMILIES.items() if family.takes == "images"] == ["vit", "resnet_cifar"]
 
 
 def test_names_on_disk_are_those_that_transformers_writes(pico_vit: Path) -> None:
@@ -120,7 +120,7 @@ def test_units_cost_what_leaves_the_checkpoint(pico_vit: Path, tmp_path: Path) -
     )
     config = read_config(pico_vit)
     removed = sum(WIDTH - len(kept) for kept in KEPT.values())
-    assert before - after == removed * family_of(config).unit_cost(config)
+    assert before - after == removed * family_of(config).unit_cost(Site(0), config)
     assert after == checkpoint.count_parameters(read_config(tmp_path / "pruned"))
 
 

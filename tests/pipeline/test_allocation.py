@@ -13,6 +13,7 @@ import torch
 
 from cria_dist import load_pruned, pipeline
 from cria_dist.config import RunConfig
+from cria_dist.files import read_json
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.family import family_of
 from cria_dist.pipeline import Context, allocation, prune, results
@@ -193,6 +194,24 @@ def test_another_ratio_takes_over_the_curves(
         changes = {**SPREAD, "allocation": "sensitivity", "ratio": ratio}
         _, pool = carry_out(make_context, run_config(tmp_path, method=METHOD, prune=changes), "decide")
         assert sum(item.startswith("loss without") for item in pool.done) == curves
+
+
+def test_curves_are_measured_on_few_tokens_and_allocations_on_all(
+    run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses_of(name: str) -> dict[str, Any]:
+        config = run_config(tmp_path / name, method=METHOD, prune={**SPREAD, "allocation": "sensitivity"})
+        folder, _ = carry_out(make_context, config, "decide")
+        measured = {path.stem: read_json(path)["losses"] for path in (folder / "round-00/sensitivity").glob("*.json")}
+        return measured | {"tokens": facts_of(folder)["held_out_tokens"]}
+
+    many = losses_of("many")
+    monkeypatch.setattr(allocation, "CURVE_TOKENS", 1)  # one sequence
+    few = losses_of("few")
+    assert few["tokens"] == many["tokens"]
+    assert few["uniform"] == many["uniform"]
+    assert few["dense"] != many["dense"]
+    assert all(few[key] != many[key] and len(few[key]) == len(many[key]) for key in KEYS)
 
 
 def test_protected_layers_and_floors(run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path) -> None:

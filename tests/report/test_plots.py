@@ -49,7 +49,7 @@ def test_text_with_dollars_is_no_formula(report: Report, tmp_path: Path) -> None
 @pytest.mark.parametrize(("worst", "scale"), [(150.0, "linear"), (250.0, "log")])
 def test_perplexity_axis_is_logarithmic_beyond_a_factor_of_ten(bare_report: Report, worst: float, scale: str) -> None:
     variants = (bare_report.variants[0], replace(bare_report.variants[1], perplexity=worst))
-    figure = plots.perplexity(replace(bare_report, variants=variants))
+    figure = plots.quality(replace(bare_report, variants=variants))
     assert figure is not None
     assert figure.axes[0].get_xscale() == scale
     assert f"{worst:.2f}" in " ".join(label.get_text() for label in figure.axes[0].texts)

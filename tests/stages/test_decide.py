@@ -21,7 +21,7 @@ def scores(keep: list[float], edges: list[tuple[int, int]] | None = None) -> Sco
 
 
 def plan(kept: dict[str, tuple[int, ...]], widths: dict[str, int]) -> PruningPlan:
-    return make_plan(kept, widths, Accounts(100_000, 10), "m", "d")
+    return make_plan(kept, widths, Accounts(100_000, dict.fromkeys(widths, 10)), "m", "d")
 
 
 def test_the_lowest_go() -> None:
@@ -95,7 +95,8 @@ def test_the_ratio_is_that_of_the_written_checkpoint(
     widths = {site.key: width for site, width in family.widths(config).items()}
     indices = {key: tuple(range(kept)) for key in widths}
     parameters = checkpoint.count_parameters(config)
-    made = make_plan(indices, widths, Accounts(parameters, family.unit_cost(config)), "m", "d")
+    unit_cost = dict.fromkeys(widths, family.unit_cost(Site(0), config))
+    made = make_plan(indices, widths, Accounts(parameters, unit_cost), "m", "d")
     surgery.write_pruned(dense, tmp_path / "pruned", surgery.Surgery(family, config, indices))
     before, after = (
         sum(p.numel() for p in checkpoint.load_model(folder, checkpoint.Numerics()).parameters())

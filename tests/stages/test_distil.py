@@ -32,7 +32,7 @@ def load_pair(directory: Path, dtype: str = "float32") -> Pair:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return student.train(), teacher
+    return student, teacher
 
 
 @pytest.fixture
@@ -87,7 +87,8 @@ def test_loss_and_gradients_are_those_of_the_definition(
     expected = gradients(pair[0])
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())), name
+        # plus rounding: the gradient of a key's bias is zero
+        assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-8), name
 
 
 def test_a_divergence_by_hand() -> None:

@@ -33,7 +33,8 @@ def tokens_path(tmp_path: Path) -> Path:
 @pytest.fixture
 def plan_path(pico: Path, tmp_path: Path) -> Path:
     widths = dict.fromkeys(KEPT, 48)
-    plan = make_plan(KEPT, widths, Accounts(checkpoint.count_parameters(checkpoint.read_config(pico)), 96), "m", "d")
+    dense = checkpoint.count_parameters(checkpoint.read_config(pico))
+    plan = make_plan(KEPT, widths, Accounts(dense, dict.fromkeys(widths, 96)), "m", "d")
     (tmp_path / "plan.json").write_text(plan.to_json())
     return tmp_path / "plan.json"
 

@@ -62,17 +62,17 @@ def test_worked_by_hand() -> None:
     """Rows are units of an incoming map, columns those of the outgoing one; signs never cancel."""
     weight = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
     weight.grad = torch.tensor([[2.0, 1.0], [-1.0, 0.5]])
-    assert unit_salience(weight, 0).tolist() == [4.0, 5.0]  # |2| + |-2|, |-3| + |2|; the sums are 0 and -1
-    assert unit_salience(weight, 1).tolist() == [5.0, 4.0]
+    assert unit_salience(weight, 0, 2).tolist() == [4.0, 5.0]  # |2| + |-2|, |-3| + |2|; the sums are 0 and -1
+    assert unit_salience(weight, 1, 2).tolist() == [5.0, 4.0]
     bias = torch.tensor([-1.0, 2.0])
     bias.grad = torch.tensor([3.0, -0.5])
-    assert unit_salience(bias, 0).tolist() == [3.0, 1.0]
-    assert unit_salience(bias, 0).dtype == torch.float64
+    assert unit_salience(bias, 0, 2).tolist() == [3.0, 1.0]
+    assert unit_salience(bias, 0, 2).dtype == torch.float64
 
 
 def test_a_tensor_without_gradient_is_a_mistake_of_ours() -> None:
     with pytest.raises(TypeError, match="took no part"):
-        unit_salience(torch.ones(2), 0)
+        unit_salience(torch.ones(2), 0, 2)
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -138,7 +138,7 @@ def test_a_gpu_that_is_too_small_is_explained(make_task: MakeTask, pico: Path, m
     def refuse(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gradients, "next_token_loss", refuse)
+    monkeypatch.setattr(gradients, "mean_loss", refuse)
     with pytest.raises(ConfigError, match=r"^gradients of shard 0: out of GPU memory; .*data\.sequence_length"):
         GradientTaker(make_task(pico))(cut(SAMPLE)[0])
 
@@ -164,10 +164,10 @@ def test_what_cannot_be_taken_is_said_before_anything_starts(
 
 
 @pytest.mark.parametrize("changes", [{"method": {"name": "taylor"}}, {"compare": [{"name": "taylor"}]}])
-def test_images_have_no_next_token(
+def test_images_without_labels_have_no_loss(
     changes: dict[str, object], run_config: Callable[..., RunConfig], pico_vit: Path, tmp_path: Path
 ) -> None:
     images = {"source": "no-such-file.parquet", "format": "images", "field": "image"}
     config = run_config(tmp_path, model={"path": str(pico_vit)}, data={"calibration": images}, **changes)
-    with pytest.raises(ConfigError, match=r"^taylor takes gradients of .* 'vit' takes images; choose a method without"):
+    with pytest.raises(ConfigError, match=r"^taylor takes gradients of the loss and .* needs labels; set data\.calib"):
         prepare(config, "apply")

@@ -238,10 +238,10 @@ def test_too_few_tokens_are_said_before_anything_starts(
 
 
 @pytest.mark.parametrize("changes", [{"method": {"name": "eigenvalue"}}, {"compare": [{"name": "receding"}]}])
-def test_images_have_no_next_token(
+def test_images_without_labels_have_no_loss(
     changes: dict[str, object], run_config: Callable[..., RunConfig], pico_vit: Path, tmp_path: Path
 ) -> None:
     images = {"source": "no-such-file.parquet", "format": "images", "field": "image"}
     config = run_config(tmp_path, model={"path": str(pico_vit)}, data={"calibration": images}, **changes)
-    with pytest.raises(ConfigError, match=r" takes gradients of .* 'vit' takes images; choose a method without"):
+    with pytest.raises(ConfigError, match=r" takes gradients of the loss and .* needs labels; set data\.calib"):
         prepare(config, "apply")

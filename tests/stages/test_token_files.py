@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from cria_dist import files
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, CriaError, DataError
-from cria_dist.stages import prepare as stage
+from cria_dist.stages import inputs as stage
 from cria_dist.stages.prepare import Job, prepare
 
 RunConfigMaker = Callable[..., RunConfig]
@@ -155,7 +156,7 @@ def test_damaged_tokens_of_a_changed_text_cannot_be_mended(own: tuple[RunConfig,
 def test_a_crash_before_the_record_leaves_no_tokens_to_trust(
     own: tuple[RunConfig, Path, Path], cuts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_json = stage.files.write_json
+    write_json = files.write_json
 
     def stop_at_the_record(path: Path, record: object) -> None:
         if path.name == "tokens.json":
@@ -163,7 +164,7 @@ def test_a_crash_before_the_record_leaves_no_tokens_to_trust(
         write_json(path, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.files, "write_json", stop_at_the_record)
+        patch.setattr(files, "write_json", stop_at_the_record)
         with pytest.raises(KeyboardInterrupt):
             prepare(own[0])
     assert prepare(own[0]).calibration_path.is_file()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from safetensors.torch import load_file
 
 from cria_dist import files
 from cria_dist.config import RunConfig
@@ -224,6 +225,39 @@ def test_a_folder_of_images_that_changed_is_found(make_config: MakeConfig, tmp_p
     assert prepare(config, "record").digests == job.digests
 
 
+@pytest.mark.slow
+def test_a_classifier_of_images_from_labels_to_the_report(
+    make_config: MakeConfig, make_context: MakeContext, pico_vit: Path, tmp_path: Path
+) -> None:
+    """Its labels are what the dense model says; names on storage are not those in memory, and recovery writes them."""
+    model = checkpoint.load_model(pico_vit, checkpoint.Numerics())
+    pixels_SCHW = prepare(make_config(data={"calibration_sequences": 12}), "record").calibration_path
+    with torch.inference_mode():
+        labels = model(pixel_values=torch.from_numpy(np.load(pixels_SCHW))).logits.argmax(dim=1).tolist()
+    rows = [{"bytes": encoded(number), "path": None} for number in range(12)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.table({"image": pa.array(rows, kind), "label": [f"LABEL_{label}" for label in labels]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    half = {"source": str(tmp_path / "rows.parquet"), "format": "images", "field": "image", "label": "label"}
+    data = {"calibration": {**half, "part": "first"}, "test": {**half, "part": "second"}}
+    recipe = {"steps": 4, "workers": 1, "batch_sequences": 2, "learning_rate": 1e-3, "train": "mlp"}
+    config = make_config(
+        name="labelled", data={**data, "calibration_sequences": 6, "test_sequences": 6}, record={"tokens": 57},
+        compare=[{"name": "taylor", "sequences": 6}], recover=recipe, evaluate={"latency_repeats": 1},
+    )  # fmt: skip
+    context = make_context(config)
+    report = prune(context)
+    assert report is not None
+    found = {one.label: one for one in report.variants}
+    assert list(found) == ["dense", "pruned", "recovered"]
+    assert found["dense"].accuracy == 1.0
+    assert report.comparison[0].accuracy is not None
+    assert all("logits equal" in report.loaders[f"transformers, {name}"] for name in ("pruned", "recovered"))
+    pruned, recovered = (load_file(context.job.folder / name / "model.safetensors") for name in ("pruned", "recovered"))
+    changed = {name for name, one in pruned.items() if not torch.equal(one, recovered[name])}
+    assert changed == {name for site in SITES for name in context.job.family.coupled_tensors(site, {})}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], Stage, type[CriaError], str]] = {
     "text": (
         {"data": {"calibration": {"source": "builtin:pydoc"}}}, "record", ConfigError,
@@ -233,8 +267,8 @@ REFUSED: dict[str, tuple[dict[str, Any], Stage, type[CriaError], str]] = {
         {"data": {"calibration": {"source": "builtin:pydoc", "format": "images"}}}, "record", ConfigError,
         r"builtin:pydoc .*holds str, not images \(bytes and path\); name a source and field of images",
     ),
-    "recovery": ({}, "recover", ConfigError, r"'vit' takes images, and recover and evaluate .*; use cria record, anal"),
-    "the whole run": ({}, "evaluate", ConfigError, r"\(hence prune\) are for language models; use cria record, anal"),
+    "recovery": ({}, "recover", ConfigError, r"'vit' is a classifier, and recover and evaluate .*label, or use cria"),
+    "the whole run": ({}, "evaluate", ConfigError, r"\(hence prune\) need labels; set data\.calibration\.label and"),
     "too few": (
         {"data": {"calibration_sequences": 13}}, "record", DataError,
         r"calibration corpus has 12 images, but 13 were asked for; lower data\.calibration_sequences to 12",
@@ -311,7 +345,7 @@ def test_too_little_memory(
 
 
 def test_the_verb_says_what_works_before_anything_starts(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"use cria record, analyse, decide or apply"):
+    with pytest.raises(ConfigError, match=r"or use cria record, analyse, decide or apply"):
         launch.run(make_config(run={"pool": "ray"}), "evaluate")
     assert not (tmp_path / "runs").exists()
     job, report = launch.run(make_config(), "decide")

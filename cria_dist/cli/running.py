@@ -1,0 +1,65 @@
+"""The verbs that run something: the stages of a run; ``jobs/`` call :func:`main` too."""
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+from cria_dist import config_file
+from cria_dist.cli.frame import complain, console, guarded
+from cria_dist.errors import ConfigError
+from cria_dist.records import Stage
+
+Verb = Stage | Literal["prune", "sweep"]
+VERBS: dict[Verb, str] = {
+    "record": "Observe the model on the calibration data: signals and moments of every site.",
+    "analyse": "Record, then score every site.",
+    "decide": "Record, analyse, then write plan.json.",
+    "apply": "Everything up to the pruned and repaired checkpoint.",
+    "recover": "Everything up to the recovered checkpoint.",
+    "evaluate": "Everything up to the measurements and the report.",
+    "prune": "The whole run: record, analyse, decide, apply, recover, evaluate, report.",
+    "sweep": "A run for every combination of sweep.grid: a Pareto table and plot, the best model of each budget.",
+}
+
+
+def main(arguments: Sequence[str], until: Verb) -> int:
+    """Run a job: ``CONFIG.toml [key=value ...]`` up to a stage, or a sweep; returns the exit code."""
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as in Ray workers: the same sums in this process; before torch
+    if not arguments or arguments[0].startswith("-"):
+        return complain(ConfigError("usage: CONFIG.toml [dotted.key=value ...]"))
+    if until == "sweep":
+        return guarded(lambda: _sweep(arguments[0], arguments[1:]))
+    return guarded(lambda: _run(arguments[0], arguments[1:], "evaluate" if until == "prune" else until, until))
+
+
+def _run(path: str, overrides: Sequence[str], until: Stage, verb: Verb) -> None:
+    settings = config_file.load(path, overrides)
+    from cria_dist.runtime import launch  # ray, torch and transformers: seconds that --help and typos need not pay
+
+    screen = console()
+    job, report = launch.run(settings, until)
+    if report is None:
+        screen.print(f"{verb}: finished in {job.folder}", soft_wrap=True, highlight=False)
+        return
+    from cria_dist.report import tables
+
+    for table in (tables.variants_table(report), tables.comparison_table(report), tables.generations_table(report)):
+        screen.print(table)
+    screen.print(f"report: {job.folder / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+def _sweep(path: str, overrides: Sequence[str]) -> None:
+    config_file.load_with_sweep(path, overrides)
+    from cria_dist.stages.sweep import plan
+
+    sweep = plan(path, overrides)
+    from cria_dist.report import tables
+    from cria_dist.runtime import sweep as runs  # ray, torch and transformers; see _run
+    from cria_dist.stages import sweep_table as table
+
+    screen = console()
+    rows = runs.run(sweep)
+    screen.print(tables.table(table.grid(rows)))
+    for budget, row in table.best(rows).items():
+        screen.print(f"best of {budget}: {row.command}", soft_wrap=True, highlight=False)
+    screen.print(f"sweep: {sweep.folder}", soft_wrap=True, highlight=False)

@@ -1,0 +1,123 @@
+"""A sweep on Ray Tune: record and score once on all workers, prune and recover in trials, measure one after another.
+
+Trials do not time anything, for they share the machine. When all are through, every run is finished by itself: its
+latency, its report. A sweep that was interrupted goes on: Tune knows which trials are done, and each run knows how far
+it is.
+"""
+
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from cria_dist.errors import ConfigError, WorkerError
+from cria_dist.pipeline import Context, prune
+from cria_dist.pool import LocalPool
+from cria_dist.records import Stage
+from cria_dist.report.progress import Progress
+from cria_dist.runtime import trials
+from cria_dist.runtime.launch import train_here
+from cria_dist.runtime.pool import RayPool
+from cria_dist.runtime.session import ray_session
+from cria_dist.runtime.train import RayTrainer
+from cria_dist.stages import sweep_results
+from cria_dist.stages.prepare import prepare
+from cria_dist.stages.sweep import Sweep, Trial
+from cria_dist.stages.sweep_table import Row, row
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one trial may use.
+
+    Attributes:
+        workers: worker processes.
+        gpus: GPUs of each.
+    """
+
+    workers: int
+    gpus: float
+
+    def context(self, trial: Trial, until: Stage = "evaluate") -> Context:
+        """The surroundings of a trial's run."""
+        job = prepare(trial.config, until)
+        progress = Progress(job.folder)
+        if trial.config.run.pool == "local":
+            torch.set_num_threads(1)  # see launch.py
+            return Context(job, LocalPool(), train_here, progress)
+        trainer = RayTrainer(trial.config.recover.workers, self.gpus > 0)
+        return Context(job, RayPool(self.workers, self.gpus), trainer, progress)
+
+
+def run(sweep: Sweep) -> list[Row]:
+    """Carry out a sweep, or go on with it; writes ``sweep.json``, ``pareto.png`` and ``best/`` into its folder.
+
+    Raises:
+        ConfigError: a trial cannot be carried out, or the cluster is too small for so many at the same time.
+        WorkerError: trials failed; the others are finished.
+    """
+    for trial in sweep.trials:
+        prepare(trial.config)
+    with ray_session(sweep.base) as workers:
+        return carry_out(sweep, workers)
+
+
+def carry_out(sweep: Sweep, workers: int) -> list[Row]:
+    """:func:`run` inside a session with so many workers."""
+    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    _check_room(sweep, "GPU" if gpus else "CPU")
+    everything, share = Share(workers, gpus), Share(max(workers // sweep.concurrency, 1), gpus)
+    progress = Progress(sweep.folder, interactive=False)  # the runs have displays of their own
+    progress.note(f"sweep folder {sweep.folder}: {len(sweep.trials)} trials, {sweep.concurrency} at a time")
+    state = "failed"
+    try:
+        _share_scores(sweep, everything, progress)
+        failures = trials.carry_out(sweep, share.context, progress)
+        rows = _measure([trial for trial in sweep.trials if trial.label not in failures], everything, progress)
+        sweep_results.write(rows, sweep.folder)
+        if failures:
+            raise WorkerError("sweep", "; ".join(f"trial {label}: {why}" for label, why in failures.items()))
+        state = "done"
+        return rows
+    finally:
+        progress.close(state)
+
+
+def _share_scores(sweep: Sweep, share: Share, progress: Progress) -> None:
+    """Record and score once what several trials read; they take it over."""
+    distinct = {trial.score_key: trial for trial in reversed(sweep.trials)}
+    with progress.stage("record and analyse", total=len(distinct), unit="methods") as bar:
+        for trial in reversed(distinct.values()):
+            context = share.context(trial, "analyse")
+            prune(context, trial.command, "analyse")
+            context.pool.release()
+            bar.advance()
+
+
+def _measure(finished: list[Trial], share: Share, progress: Progress) -> list[Row]:
+    """Finish every run: latency, loading test, report."""
+    rows: list[Row] = []
+    with progress.stage("measure", total=len(finished), unit="trials") as bar:
+        for trial in finished:
+            context = share.context(trial)
+            report = prune(context, trial.command)
+            context.pool.release()
+            context.progress.close()
+            if report is None:
+                raise TypeError("a run that is not told to stop ends with a report")
+            rows.append(row(trial.label, trial.command, context.job.folder, report))
+            bar.advance()
+    return rows
+
+
+def _check_room(sweep: Sweep, kind: str) -> None:
+    """Training workers of all trials at a time must find a place; Ray Train would wait for it."""
+    if sweep.base.run.pool == "local":
+        return
+    needed = sweep.concurrency * max(trial.config.training_workers for trial in sweep.trials)
+    there = int(ray.cluster_resources().get(kind, 0))
+    if needed > there:
+        raise ConfigError(
+            f"sweep.concurrency={sweep.concurrency} trials need {needed} {kind}s for their training workers and the "
+            f"cluster has {there}; lower sweep.concurrency or recover.workers"
+        )

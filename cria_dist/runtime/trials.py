@@ -1,0 +1,135 @@
+"""The trials of a sweep on Ray Tune.
+
+Tune keeps pickles in its folder. They are read again when a sweep goes on, so the folder is made for this user alone
+and one that others could have written to is refused.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from cria_dist import files
+from cria_dist.errors import ConfigError, CriaError
+from cria_dist.pipeline import Context
+from cria_dist.pipeline.scoring import prune_and_score
+from cria_dist.report.progress import Bar, Progress
+from cria_dist.stages.sweep import Sweep, Trial
+from cria_dist.stages.sweep_table import loss
+
+LOST_TRIAL_RETRIES = 3
+TRIAL_RESOURCES = {"memory": float(1 << 20)}
+"""A trial's own process waits for its workers and takes no CPU; Tune wants it to ask for something."""
+ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean in a run
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints tables at any verbosity
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folder has everything
+}
+LOOK_SECONDS = 1.0
+
+MakeContext = Callable[[Trial], Context]
+
+
+def carry_out(sweep: Sweep, make_context: MakeContext, progress: Progress) -> Mapping[str, str]:
+    """Prune, recover and score every trial, as many at a time as the sweep says.
+
+    Args:
+        sweep: the trials.
+        make_context: gives a trial its surroundings, in a process of its own.
+        progress: of the sweep.
+
+    Returns:
+        Reasons of the trials that failed, by label.
+
+    Raises:
+        ConfigError: others can write to Tune's folder.
+    """
+    os.environ.update(ENVIRONMENT)
+    outcomes = sweep.folder / "trials"
+
+    def trial(config: dict[str, Any]) -> dict[str, Any]:
+        return _run(sweep.trials[config["number"]], make_context, outcomes)
+
+    tuner = _tuner(sweep, tune.with_resources(trial, TRIAL_RESOURCES))
+    with progress.stage("trials", total=len(sweep.trials), unit="trials") as bar, _following(outcomes, bar):
+        results = tuner.fit()
+    failures: dict[str, str] = {}
+    for one in results:
+        number = (one.config or {})["number"]
+        reason = one.error or (one.metrics or {}).get("error")
+        if reason:
+            failures[sweep.trials[number].label] = " ".join(str(reason).split())
+    return failures
+
+
+def _run(trial: Trial, make_context: MakeContext, outcomes: Path) -> dict[str, Any]:
+    """One trial in its process. An error of ours would come again, so Tune is not to try again."""
+    path = outcomes / f"{trial.folder.name}.json"
+    if path.is_file() and "error" not in (there := files.read_json(path)):
+        return there  # done, but the driver died before Tune wrote that down
+    try:
+        context = make_context(trial)
+        evaluations = prune_and_score(context)
+        context.pool.release()
+        outcome: dict[str, Any] = {"loss": loss(evaluations[-1]), "parameters": evaluations[-1].parameters}
+    except CriaError as error:
+        outcome = {"error": str(error)}
+    files.write_json(path, outcome)
+    return outcome
+
+
+def _tuner(sweep: Sweep, trainable: Any) -> tune.Tuner:
+    """A new one, or the one that was interrupted."""
+    folder = sweep.folder / "tune"
+    if tune.Tuner.can_restore(str(folder)):
+        _check_private(folder)
+        return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, restart_errored=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return tune.Tuner(
+        trainable,
+        param_space={"number": tune.grid_search(list(range(len(sweep.trials))))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=sweep.concurrency, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(sweep.folder),
+            failure_config=tune.FailureConfig(max_failures=LOST_TRIAL_RETRIES),
+            verbose=0,
+        ),
+    )
+
+
+def _check_private(folder: Path) -> None:
+    facts = folder.stat()
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o077:
+        raise ConfigError(
+            f"{folder} holds pickles and is not this user's alone; delete it and run the same command again "
+            "(finished runs are kept)"
+        )
+
+
+@contextmanager
+def _following(outcomes: Path, bar: Bar) -> Generator[None]:
+    """Count the trials that have an outcome, from a thread, until the block ends."""
+    finished = threading.Event()
+
+    def follow() -> None:
+        while True:
+            last = finished.wait(LOOK_SECONDS)
+            there = len(list(outcomes.glob("*.json")))
+            if there > bar.done:
+                bar.advance(there - bar.done)
+            if last:
+                return
+
+    follower = threading.Thread(target=follow, name="follow-trials", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        follower.join()

@@ -1,0 +1,105 @@
+"""The model a recovery trains: which parameters learn, themselves or through low-rank adapters."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from cria_dist.config import RecoverConfig
+from cria_dist.errors import ConfigError
+from cria_dist.models.family import family_of
+
+ALPHA = 2.0
+"""Weight of an adapter, over its rank's part of the initial scale: that of the peft library's ``lora_alpha = 2 r``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """What of a model learns.
+
+    Attributes:
+        config: the recipe.
+        parts: parts of a layer that lost units.
+        seed: of the adapters.
+    """
+
+    config: RecoverConfig
+    parts: tuple[str, ...]
+    seed: int
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Freeze what does not learn; put adapters in front of what learns through them."""
+        for parameter in self._frozen(model):
+            parameter.requires_grad_(False)
+        if self.config.lora_rank:
+            self._adapt(model)
+        if self.config.checkpoint_activations:
+            keep_few_activations(model)
+
+    def _frozen(self, model: PreTrainedModel) -> Iterator[torch.nn.Parameter]:
+        """Embeddings under ``blocks``, all that kept its shape under ``mlp``."""
+        if self.config.train == "blocks":
+            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                if module is not None:
+                    yield from module.parameters()
+        if self.config.train == "mlp":
+            shape = model.config.to_dict()
+            family = family_of(shape)
+            sites = family.widths(shape, self.parts)
+            trained = {name for site in sites for name in family.coupled_tensors(site, shape)}
+            stored = stored_names(model)
+            yield from (parameter for name, parameter in model.named_parameters() if stored[name] not in trained)
+
+    def _adapt(self, model: PreTrainedModel) -> None:
+        """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on every linear map whose weight would learn.
+
+        Raises:
+            ConfigError: peft is not installed.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ModuleNotFoundError as error:
+            raise ConfigError("recover.lora_rank needs peft; pip install 'cria-dist[lora]'") from error
+        layers = f"{family_of(model.config.to_dict()).layers}."
+        maps = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module.weight.requires_grad and name.startswith(layers)
+        ]
+        rank = self.config.lora_rank
+        adapters = LoraConfig(r=rank, lora_alpha=round(ALPHA * rank), lora_dropout=0.0, target_modules=maps)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)  # the same adapters on every worker
+            inject_adapter_in_model(adapters, model)
+
+
+def keep_few_activations(model: PreTrainedModel) -> None:
+    """Compute every layer's activations again in the backward pass; dropout, which comes with training, is off."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """What checkpoints call the tensors of a model, by their names in memory."""
+    family = family_of(model.config.to_dict())
+    return {name: family.on_disk(name) for name in model.state_dict()}
+
+
+def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, by their names in it: adapters are added to the weights they stand in front of."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.merge()  # pyright: ignore[reportCallIssue]  (peft's, which has no types)
+    family = family_of(model.config.to_dict())
+    return {
+        family.on_disk(name.replace(".base_layer.", ".")): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }

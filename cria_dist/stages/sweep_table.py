@@ -1,0 +1,141 @@
+"""What a sweep found: which trials no other beats in size and quality, and the best of each budget."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from cria_dist.maths import pareto
+from cria_dist.records import Evaluation, Report
+from cria_dist.report import grids, text
+from cria_dist.report.grids import Grid
+
+SWEEP_SCHEMA = 1
+State = Literal["before", "after"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One trial.
+
+    Attributes:
+        label: what sets it apart.
+        command: the command that does the same by itself.
+        checkpoint: folder of the model that is handed over.
+        budget: what was to be removed, in words; trials of one budget compete.
+        dense: the model it started from.
+        before: pruned, and repaired if it was; what recovery started from.
+        after: the model that is handed over; ``before`` where there was no recovery.
+    """
+
+    label: str
+    command: str
+    checkpoint: Path
+    budget: str
+    dense: Evaluation
+    before: Evaluation
+    after: Evaluation
+
+    def at(self, state: State) -> Evaluation:
+        """The model before or after recovery."""
+        return self.before if state == "before" else self.after
+
+
+def row(label: str, command: str, folder: Path, report: Report) -> Row:
+    """The line of a run with a report in a sweep."""
+    dense, end = grids.variant(report, "dense"), grids.final(report)
+    before = grids.variant(report, "repaired") or grids.variant(report, "pruned")
+    if dense is None or end is None or before is None:
+        raise TypeError("a report of a whole run has a dense and a pruned model")
+    prune = report.config["prune"]
+    budget = f"{text.percent(prune['ratio'])} of {prune['budget']}"
+    checkpoint = folder / ("recovered" if end.label == "recovered" else "pruned")
+    return Row(label, command, checkpoint, budget, dense, before, end)
+
+
+def loss(one: Evaluation) -> float:
+    """What a sweep wants small: perplexity, or the share of wrong labels of a classifier."""
+    return one.perplexity if one.accuracy is None else 1 - one.accuracy
+
+
+def latency(one: Evaluation) -> float | None:
+    """Time per generated token; of a forward pass where nothing is generated."""
+    return one.prefill_ms if one.decode_ms is None else one.decode_ms
+
+
+def front(rows: Sequence[Row], state: State) -> tuple[bool, ...]:
+    """Which trials have no other that is at least as small and as good, and better in one of the two."""
+    points = [(one.at(state).parameters, loss(one.at(state))) for one in rows]
+    return tuple(bool(there) for there in pareto.front(np.array(points, dtype=np.float64).reshape(-1, 2)))
+
+
+def best(rows: Sequence[Row]) -> dict[str, Row]:
+    """The trial with the least loss of each budget; those whose loss is not a number have none."""
+    found: dict[str, Row] = {}
+    for one in rows:
+        there = found.get(one.budget)
+        if np.isfinite(loss(one.after)) and (there is None or loss(one.after) < loss(there.after)):
+            found[one.budget] = one
+    return found
+
+
+def grid(rows: Sequence[Row]) -> Grid:
+    """The table: the smallest models last."""
+    fronts = {state: dict(zip(rows, front(rows, state), strict=True)) for state in ("before", "after")}
+    ordered = sorted(rows, key=lambda one: (-one.after.parameters, loss(one.after)))
+    champions = best(rows).values()
+
+    def line(one: Row) -> tuple[str, ...]:
+        return (
+            one.label + (" *" if one in champions else ""),
+            text.count(one.after.parameters),
+            text.percent(1 - one.after.parameters / one.dense.parameters),
+            _quality(one.before, one.dense) + (" P" if fronts["before"][one] else ""),
+            _quality(one.after, one.dense) + (" P" if fronts["after"][one] else ""),
+            text.milliseconds(one.after.prefill_ms),
+            text.milliseconds(one.after.decode_ms),
+        )
+
+    header = ("trial", "parameters", "removed", "before recovery", "after", "prefill (ms)", "decode (ms/token)")
+    title = f"Trials: {quality_name(rows)} (x dense); P: on the Pareto front, *: best of its budget"
+    return Grid(title, header, tuple(line(one) for one in ordered))
+
+
+def record(rows: Sequence[Row]) -> dict[str, Any]:
+    """Everything as plain data, in the order of the trials."""
+    fronts = {state: front(rows, state) for state in ("before", "after")}
+    champions = best(rows).values()
+    return {
+        "schema": SWEEP_SCHEMA,
+        "trials": [
+            {
+                **{name: _plain(value) for name, value in asdict(one).items()},
+                "front_before": fronts["before"][index],
+                "front_after": fronts["after"][index],
+                "best_of_budget": one in champions,
+            }
+            for index, one in enumerate(rows)
+        ],
+    }
+
+
+def quality_name(rows: Sequence[Row]) -> str:
+    """What the trials are judged by, for the reader."""
+    return "perplexity" if all(one.after.accuracy is None for one in rows) else "accuracy"
+
+
+def _plain(value: Any) -> Any:
+    """Data that JSON can say: paths as text, numbers that are not finite as null."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _quality(one: Evaluation, dense: Evaluation) -> str:
+    if one.accuracy is not None:
+        return text.percent(one.accuracy)
+    return f"{text.perplexity(one.perplexity)} ({text.times(one.perplexity, dense.perplexity)})"

@@ -1,0 +1,177 @@
+"""The Kubernetes manifests against KubeRay's own schema and that of the core kinds; typing errors are found."""
+
+import copy
+import gzip
+import json
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from cria_dist.config_file import parse
+
+SCHEMAS = Path(__file__).parent / "schemas"
+RAY_FILES = ("rayjob.yaml", "rayjob-kueue.yaml", "raycluster.yaml")
+KUBERNETES = "1.34"
+
+
+def strict(schema: Any) -> Any:
+    """A structural schema as JSON schema: unknown keys are errors, as the API server prunes them silently."""
+    if isinstance(schema, list):
+        return [strict(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: strict(value) for key, value in schema.items()}
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object" and not open_ended:
+        made["additionalProperties"] = False
+    return made
+
+
+def schema_of(kind: str) -> dict[str, Any]:
+    schema = strict(json.loads(gzip.decompress((SCHEMAS / f"{kind.lower()}-v1.json.gz").read_bytes())))
+    schema["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+def complaints(document: dict[str, Any]) -> list[str]:
+    """What the API server would not take, or drop."""
+    if document["apiVersion"] == "ray.io/v1":
+        validator = jsonschema.Draft7Validator(schema_of(document["kind"]))
+        return [f"{'.'.join(map(str, error.path))}: {error.message}" for error in validator.iter_errors(document)]
+    try:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return [str(error)]
+    return []
+
+
+@pytest.fixture
+def load(repository: Path) -> Callable[[str], list[dict[str, Any]]]:
+    return lambda name: list(yaml.safe_load_all((repository / "cluster" / name).read_text()))
+
+
+@pytest.mark.parametrize("name", [*RAY_FILES, "storage.yaml", "network.yaml"])
+def test_manifests_are_what_the_api_server_takes(load: Callable[[str], list[dict[str, Any]]], name: str) -> None:
+    for document in load(name):
+        assert complaints(document) == []
+
+
+TYPING_ERRORS: list[tuple[str, str, Any]] = [
+    ("rayjob.yaml", "spec.entryPoint", "x"),
+    ("rayjob.yaml", "spec.backoffLimit", "3"),
+    ("rayjob.yaml", "spec.rayClusterSpec.workerGroupSpecs.0.minReplica", 1),
+    ("rayjob.yaml", "spec.rayClusterSpec.headGroupSpec.template.spec.containers.0.imagePullPolizy", "Always"),
+    ("rayjob-kueue.yaml", "spec.suspended", True),
+    ("rayjob-kueue.yaml", "spec.rayClusterSpec.authOptions.mode", "tokens"),
+    ("raycluster.yaml", "spec.networkPolicy", {"mode": "DenyIngress"}),
+    ("network.yaml", "spec.ingres", []),
+    ("network.yaml", "spec.ingress.1.ports.0.protocol", ["TCP"]),
+    ("raycluster.yaml", "spec.autoscalerOptions.version", "v3"),
+    ("raycluster.yaml", "spec.workerGroupSpecs.1.template.spec.toleration", []),
+    ("storage.yaml", "spec.accessMode", ["ReadWriteMany"]),
+    ("storage.yaml", "spec.resources.requests.storage", ["2Ti"]),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), TYPING_ERRORS)
+def test_a_typing_error_is_found(load: Callable[[str], list[dict[str, Any]]], name: str, path: str, value: Any) -> None:
+    document = copy.deepcopy(load(name)[0])
+    *parents, leaf = path.split(".")
+    place: Any = document
+    for parent in parents:
+        place = place[int(parent)] if isinstance(place, list) else place[parent]
+    place[leaf] = value
+    found = complaints(document)
+    assert found
+    assert any(leaf in one or str(value) in one for one in found)
+
+
+def pods(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Pod specs of a cluster: (group, spec)."""
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    yield "head", spec["headGroupSpec"]["template"]["spec"]
+    for group in spec["workerGroupSpecs"]:
+        yield group["groupName"], group["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_clusters_ask_for_a_token_and_run_without_privileges(
+    load: Callable[[str], list[dict[str, Any]]], name: str
+) -> None:
+    [document] = load(name)
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for group, pod in pods(document):
+        assert pod["securityContext"]["runAsNonRoot"] is True, group
+        [container] = pod["containers"]
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert "env" not in container, "credentials come from the workload's identity"
+        assert group == "head" or pod["automountServiceAccountToken"] is False
+
+
+def test_only_pods_of_the_cluster_reach_all_its_ports(load: Callable[[str], list[dict[str, Any]]]) -> None:
+    [policy] = load("network.yaml")
+    ours = {"matchLabels": {"ray.io/is-ray-node": "yes"}}
+    assert policy["spec"]["podSelector"] == ours
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    open_to = [rule["from"] for rule in policy["spec"]["ingress"] if "ports" not in rule]
+    assert open_to == [[{"podSelector": ours}]]
+    ports = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
+    assert ports == {8265, 8080}
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_versions_storage_and_shared_memory(
+    load: Callable[[str], list[dict[str, Any]]], name: str, ray_version: str, package_version: str
+) -> None:
+    [document] = load(name)
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    assert spec["rayVersion"] == ray_version
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group, pod in pods(document):
+        [container] = pod["containers"]
+        kind = "cpu" if group == "head" else "gpu"
+        assert container["image"].endswith(f":{package_version}-{kind}")
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (kind == "gpu")
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+        assert (mounts["runs"], mounts["shm"]) == ("/mnt/cria", "/dev/shm")
+
+
+def test_jobs_run_the_configuration_beside_them_and_try_again(load: Callable[[str], list[dict[str, Any]]]) -> None:
+    claim, map_ = load("storage.yaml")
+    config = parse(tomllib.loads(map_["data"]["run.toml"]))
+    assert config.run.root == "/mnt/cria/runs"
+    for name in ("rayjob.yaml", "rayjob-kueue.yaml"):
+        [document] = load(name)
+        spec = document["spec"]
+        assert spec["backoffLimit"] == 3
+        assert spec["shutdownAfterJobFinishes"] is True
+        assert spec["entrypoint"] == "python -m cria_dist prune /etc/cria/run.toml"
+        volumes = {one["name"]: one for one in dict(pods(document))["head"]["volumes"]}
+        assert volumes["run"]["configMap"]["name"] == map_["metadata"]["name"]
+        assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    [queued] = load("rayjob-kueue.yaml")
+    assert queued["spec"]["suspend"] is True
+    assert "enableInTreeAutoscaling" not in queued["spec"]["rayClusterSpec"]
+    assert queued["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "cria"}
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "raycluster.yaml"])
+def test_spot_comes_before_on_demand(load: Callable[[str], list[dict[str, Any]]], name: str) -> None:
+    [document] = load(name)
+    spec = document["spec"].get("rayClusterSpec", document["spec"])
+    assert spec["enableInTreeAutoscaling"] is True
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    spot, on_demand = spec["workerGroupSpecs"]
+    assert [one["labels"]["ray.io/market-type"] for one in (spot, on_demand)] == ["spot", "on-demand"]
+    assert spot["priority"] > on_demand["priority"]
+    assert (spot["minReplicas"], on_demand["minReplicas"]) == (0, 1)

@@ -1,0 +1,91 @@
+"""Decoders beside Llama's own relatives: found by their modules' names, or with two plain maps."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cria_dist import load_pruned
+from cria_dist.errors import ConfigError
+from cria_dist.models import surgery
+from cria_dist.models.blocks import Block, BlockModel
+from cria_dist.models.checkpoint import Numerics, count_parameters, load_model, read_config
+from cria_dist.models.family import family_of
+from cria_dist.models.generic import GenericFamily
+from cria_dist.models.surgery import Surgery
+from cria_dist.records import Site
+
+MakeModel = Callable[..., Path]
+
+TOKENS = torch.arange(40).reshape(2, 20) * 7 % 256
+EVEN = {"layer-000.mlp": tuple(range(0, 48, 2)), "layer-001.mlp": tuple(range(5, 29))}
+UNEVEN = {"layer-000.mlp": tuple(range(0, 48, 3)), "layer-001.mlp": tuple(range(5, 29))}
+GENERIC = ("cohere", "ernie4_5", "granite", "helium", "olmo2", "seed_oss", "smollm3", "stablelm")
+MODELS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in GENERIC},
+    "glm": {"num_key_value_heads": 2},
+    "gpt_neox": {},
+    "phi3": {"pad_token_id": 0},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
+def dense(request: pytest.FixtureRequest, make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense") / request.param
+    return make_model(folder, model_type=request.param, **MODELS[request.param])
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=TOKENS).logits.float()
+
+
+@pytest.mark.parametrize("kept", [EVEN, UNEVEN], ids=["even", "uneven"])
+def test_removing_equals_masking(dense: Path, kept: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    config, model = read_config(dense), load_model(dense, Numerics())
+    family, whole = family_of(config), logits(model)
+    assert isinstance(family, GenericFamily) == (config["model_type"] in GENERIC)
+    operation = Surgery(family, config, kept)
+    copy = logits(surgery.pruned_copy(model, operation))
+    with torch.no_grad():
+        for key, stay in kept.items():
+            output = model.get_submodule(family.modules(Site.from_key(key)).output)
+            output.weight[:, sorted(set(range(48)) - set(stay))] = 0
+    masked = logits(model)
+    assert (masked - whole).abs().max() > 1e-2 * whole.abs().max(), "the removed units do nothing"
+    surgery.write_pruned(dense, tmp_path / "pruned", operation)
+    pruned = load_pruned(tmp_path / "pruned")
+    for found in (copy, logits(pruned)):
+        assert torch.allclose(found, masked, rtol=1e-4, atol=1e-5), (found - masked).abs().max()
+    if kept is EVEN:
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()), logits(pruned))
+    removed = sum(48 - len(stay) for stay in kept.values())
+    left = count_parameters(read_config(tmp_path / "pruned"))
+    assert count_parameters(config) - left == removed * family.unit_cost(Site(0), config)
+    assert pruned.generate(TOKENS[:1], attention_mask=torch.ones(1, 20), max_new_tokens=2).shape[1] > 20
+
+
+def test_blocks_equal_the_whole_model(dense: Path) -> None:
+    """Hidden states of the first layer alone, handed to the second alone."""
+    config = read_config(dense)
+    family, model, seen = family_of(config), load_model(dense, Numerics()), []
+    for layer in model.get_submodule(family.layers):
+        layer.register_forward_hook(lambda *args: seen.append(args[2][0] if isinstance(args[2], tuple) else args[2]))
+    logits(model)
+    first = BlockModel(dense, Numerics(), family, Block(0, 1, 2))(TOKENS)
+    assert torch.equal(first, seen[0])
+    assert torch.equal(BlockModel(dense, Numerics(), family, Block(1, 2, 2))(first), seen[1])
+
+
+@pytest.mark.parametrize("model_type", ["bitnet", "mixtral", "starcoder2", "nonesuch"])
+def test_what_is_not_a_gated_mlp_is_refused(model_type: str, make_model: MakeModel, tmp_path: Path) -> None:
+    """BitNet has a norm between its maps, the others have other maps."""
+    config = {"model_type": model_type}
+    if model_type != "nonesuch":
+        config = read_config(make_model(tmp_path / "model", model_type=model_type))
+    with pytest.raises(ConfigError, match=f"model family '{model_type}' is not known; known families: .*gate_proj"):
+        family_of(config)

@@ -1,0 +1,133 @@
+"""Sweeps on Ray Tune: trials are the single runs, recording and scores are shared, a killed sweep goes on."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cria_dist import config_file
+from cria_dist.errors import ConfigError, WorkerError
+from cria_dist.pipeline import prune, results
+from cria_dist.report.writer import report_from_json
+from cria_dist.runtime import sweep as sweeps
+from cria_dist.runtime import trials
+from cria_dist.stages.prepare import run_folder
+from cria_dist.stages.sweep import plan
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session"), pytest.mark.timeout(600)]
+
+WriteSweep = Callable[..., Path]
+
+
+@pytest.fixture
+def write_sweep(
+    run_tree: dict[str, Any], write_toml: Callable[[Path, dict[str, Any]], Path], tmp_path: Path
+) -> WriteSweep:
+    """``write_sweep(grid, concurrency=1, **run)``: the pico run with a grid; nothing is timed."""
+
+    def write(grid: dict[str, Any], concurrency: int = 1, **run: Any) -> Path:
+        tree = {**run_tree, "run": {"root": str(tmp_path / "runs"), **run}, "method": {"name": "magnitude"}}
+        tree["evaluate"] = {**run_tree["evaluate"], "latency_repeats": 0}
+        return write_toml(tmp_path / "sweep.toml", {**tree, "sweep": {"concurrency": concurrency, "grid": grid}})
+
+    return write
+
+
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading every checkpoint in a fresh process has tests of its own."""
+    monkeypatch.setattr(results, "verify_exports", lambda *_: {})
+
+
+@pytest.mark.usefixtures("unverified")
+def test_trials_are_single_runs_and_a_failed_one_is_named(
+    write_sweep: WriteSweep, make_context: Callable[..., Any], session: int, tmp_path: Path
+) -> None:
+    grid = {"recover": {"learning_rate": [1e-3, 1e30]}}
+    sweep = plan(str(write_sweep(grid, pool="local")))
+    with pytest.raises(WorkerError) as failure:
+        sweeps.carry_out(sweep, session)
+    sound, broken = sweep.trials
+    assert str(failure.value).startswith(f"sweep: trial {broken.label}: recovery: the loss is nan at step 1")
+
+    [one] = json.loads((sweep.folder / "sweep.json").read_text())["trials"]
+    assert one["label"] == sound.label == "recover.learning_rate=0.001"
+    path, *overrides = shlex.split(one["command"])[2:]
+    report = report_from_json(run_folder(config_file.load(path, overrides)) / "report.json")
+    assert one["after"]["perplexity"] == report.variants[-1].perplexity
+    assert report.command == one["command"]
+    assert (Path(one["checkpoint"]) / "model.safetensors").is_file()
+    alone = prune(make_context(config_file.load(path, [*overrides, f"run.root={tmp_path / 'alone'}"])))
+    assert alone is not None
+    assert [one["dense"]["perplexity"], one["before"]["perplexity"], one["after"]["perplexity"]] == [
+        variant.perplexity for variant in alone.variants if variant.label in ("dense", "repaired", "recovered")
+    ]
+
+    scores = [trial.folder / "round-00" / "scores" / "layer-000.mlp.npz" for trial in sweep.trials]
+    assert len({path.stat().st_ino for path in scores}) == 1
+    [best] = (sweep.folder / "best").iterdir()
+    assert (best.name, best.resolve()) == ("25.0-of-units", Path(one["checkpoint"]).resolve())
+    assert (sweep.folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert (sweep.folder / "tune").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unverified")
+def test_a_killed_sweep_goes_on_with_ray_workers_and_finds_the_same(
+    write_sweep: WriteSweep, make_context: Callable[..., Any], session: int, tmp_path: Path
+) -> None:
+    path = write_sweep({"recover": {"steps": [0, 6]}})
+    sweep = plan(str(path))
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "cria_dist", "sweep", str(path), f"run.address={address}", "run.pool=local"]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 240
+    while not (done := list((sweep.folder / "trials").glob("*.json"))):
+        assert driver.poll() is None, driver.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    assert not (sweep.folder / "sweep.json").exists()
+    finished = done[0].stat().st_mtime_ns
+
+    assert trials.tune.Tuner.can_restore(str(sweep.folder / "tune"))
+    rows = sweeps.carry_out(sweep, 1)
+    assert done[0].stat().st_mtime_ns == finished, "a finished trial was run again"
+    assert len(rows) == 2
+    for row in rows:
+        overrides = shlex.split(row.command)[3:]
+        alone = [*overrides, "run.pool=local", f"run.root={tmp_path / 'alone'}"]
+        report = prune(make_context(config_file.load(path, alone)))
+        assert report is not None
+        perplexity = {one.label: one.perplexity for one in report.variants}
+        assert (row.dense.perplexity, row.before.perplexity) == (perplexity["dense"], perplexity["repaired"])
+        assert row.after.perplexity == perplexity[row.after.label]
+    assert [row.after.label for row in rows] == ["repaired", "recovered"]
+
+
+def test_more_training_workers_than_there_are_places_is_an_error_at_once(write_sweep: WriteSweep, session: int) -> None:
+    sweep = plan(str(write_sweep({"prune": {"ratio": [0.25, 0.5]}}, concurrency=99)))
+    with pytest.raises(ConfigError, match=r"^sweep.concurrency=99 trials need 99 CPUs .* has \d+; lower"):
+        sweeps.carry_out(sweep, session)
+    assert not sweep.folder.exists()
+
+
+def test_pickles_that_others_could_have_written_are_not_read(write_sweep: WriteSweep) -> None:
+    sweep = plan(str(write_sweep({"prune": {"ratio": [0.25, 0.5]}})))
+    folder = sweep.folder / "tune"
+    folder.mkdir(parents=True)
+    (folder / "tuner.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    (folder / "experiment_state-1.json").write_text("{}")
+    folder.chmod(0o770)
+    with pytest.raises(ConfigError, match=r"holds pickles and is not this user's alone; delete it"):
+        trials._tuner(sweep, lambda config: None)

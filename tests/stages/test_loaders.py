@@ -1,0 +1,84 @@
+"""The verdicts on programs other than transformers: equal, by rule, or no, each with its reason."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cria_dist.models import checkpoint, gguf_layout
+from cria_dist.models.family import family_of
+from cria_dist.models.surgery import Surgery, write_pruned
+from cria_dist.report.writer import report_from_json
+from cria_dist.stages import loaders
+from cria_dist.stages.loaders import verdicts
+from tests.conftest import FinishedRun
+
+pytest.importorskip("llama_cpp")
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(path, np.arange(64, dtype=np.int32).reshape(2, 32) * 5 % 250)
+    return path
+
+
+@pytest.fixture(scope="module")
+def uneven(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target, config = tmp_path_factory.mktemp("uneven") / "pruned", checkpoint.read_config(pico)
+    kept = {"layer-000.mlp": tuple(range(26)), "layer-001.mlp": tuple(range(10, 46))}
+    write_pruned(pico, target, Surgery(family_of(config), config, kept))
+    return target
+
+
+def asked(directory: Path, tokens: Path, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    return verdicts(directory, checkpoint.from_pretrained(directory, dtype=dtype), tokens)
+
+
+def test_layers_that_differ_load_in_all_that_have_a_form_for_them(uneven: Path, tokens: Path) -> None:
+    found = asked(uneven, tokens)
+    assert found["llama.cpp"].startswith("equal: GGUF of `cria export`, architecture 'deci', loaded in a fresh process")
+    assert "the same most likely token at 32 of 32 positions" in found["llama.cpp"]
+    assert found["vLLM"] == "by rule: as DeciLMForCausalLM, which `cria export --format decilm` writes"
+    assert found["transformers, trust_remote_code"].startswith("by rule: modeling_pruned.py")
+    assert found["onnxruntime"].startswith("no: ")
+
+
+def test_a_run_in_bfloat16_is_compared_in_float32(uneven: Path, tokens: Path) -> None:
+    assert asked(uneven, tokens, torch.bfloat16)["llama.cpp"].startswith("equal: ")
+
+
+def test_a_report_says_it_of_what_the_run_ended_with(finished_run: FinishedRun) -> None:
+    found = report_from_json(finished_run.folder / "report.json").loaders
+    assert found["llama.cpp, recovered"].startswith("equal: GGUF of `cria export`, architecture 'llama'")
+    assert found["vLLM, recovered"].startswith("by rule: ")
+    assert "llama.cpp, pruned" not in found
+
+
+def test_a_form_that_computes_something_else_is_no(uneven: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_layout, "halves_to_pairs", lambda tensor, heads: tensor)
+    assert asked(uneven, tokens)["llama.cpp"].startswith("no: GGUF of `cria export`, architecture 'deci' loads, but")
+
+
+def test_a_file_that_llama_cpp_refuses_is_no(uneven: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_layout, "LAYERED", "llama")
+    assert asked(uneven, tokens)["llama.cpp"].startswith("no: llama.cpp does not load its GGUF (ValueError: ")
+
+
+def test_what_is_not_installed_or_too_large_is_by_rule(
+    pico: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "GGUF_BYTES", 100)
+    assert asked(pico, tokens)["llama.cpp"].endswith("too large to be tried here")
+    monkeypatch.setattr(loaders, "find_spec", lambda name: None if name == "llama_cpp" else True)
+    assert asked(pico, tokens)["llama.cpp"].endswith("llama-cpp-python is not installed to try it")
+
+
+def test_models_without_text_have_onnx(pico_vit: Path, tmp_path: Path) -> None:
+    found = verdicts(pico_vit, checkpoint.from_pretrained(pico_vit), tmp_path)
+    assert {name: verdict.partition(":")[0] for name, verdict in found.items()} == {
+        "llama.cpp": "no",
+        "vLLM": "no",
+        "onnxruntime": "by rule",
+    }

@@ -1,0 +1,122 @@
+"""A grid as a list of ordinary runs: every combination, checked before anything starts."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cria_dist import config_file
+from cria_dist.errors import ConfigError
+from cria_dist.stages.prepare import run_folder
+from cria_dist.stages.sweep import plan
+
+BASE = 'name = "s"\nmodel = { path = "builtin:smollm2-135m" }\nrun = { root = "ROOT" }\n'
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], str]:
+    """``write(toml_of_the_sweep)``: a configuration file; returns its path."""
+
+    def make(text: str) -> str:
+        path = tmp_path / "sweep.toml"
+        path.write_text(BASE.replace("ROOT", str(tmp_path / "runs")) + text)
+        return str(path)
+
+    return make
+
+
+def test_every_combination_is_a_run_that_its_command_gives(write: Callable[[str], str]) -> None:
+    path = write(
+        "[sweep]\nconcurrency = 3\n[sweep.grid]\nprune.ratio = [0.2, 0.3]\nprune.allocation = ['uniform', 'global']\n"
+        "method = [{ name = 'cria', preset = 'paper' }, { name = 'random' }]\n"
+    )
+    sweep = plan(path, ["seed=5"])
+    assert sweep.concurrency == 3
+    assert len(sweep.trials) == len({trial.folder for trial in sweep.trials}) == 8
+    assert sweep.trials[0].label == (
+        'prune.ratio=0.2 prune.allocation=uniform method={name = "cria", preset = "paper"}'
+    )
+    for trial in sweep.trials:
+        cria, verb, config, *overrides = shlex.split(trial.command)
+        assert (cria, verb, config) == ("cria", "prune", path)
+        assert run_folder(config_file.load(config, overrides)) == trial.folder
+        assert trial.config.seed == 5
+    assert {(t.config.prune.ratio, t.config.prune.allocation, t.config.method.name) for t in sweep.trials} == {
+        (ratio, allocation, name)
+        for ratio in (0.2, 0.3)
+        for allocation in ("uniform", "global")
+        for name in ("cria", "random")
+    }
+
+
+def test_a_grid_on_the_command_line(write: Callable[[str], str]) -> None:
+    sweep = plan(write(""), ["sweep.grid.prune.ratio=[0.1, 0.2, 0.3]", "sweep.concurrency=2"])
+    assert [trial.config.prune.ratio for trial in sweep.trials] == [0.1, 0.2, 0.3]
+    assert sweep.concurrency == 2
+
+
+def test_scores_are_shared_by_trials_that_differ_after_scoring(write: Callable[[str], str]) -> None:
+    grid = "[sweep.grid]\nprune.ratio = [0.2, 0.3]\nrecover.steps = [0, 10]\nmethod.name = ['random', 'magnitude']\n"
+    assert len({trial.score_key for trial in plan(write(grid)).trials}) == 2
+    assert len({trial.score_key for trial in plan(write("[sweep.grid]\nseed = [0, 1]\n")).trials}) == 2
+
+
+def test_the_folder_is_named_by_the_trials(write: Callable[[str], str]) -> None:
+    one = plan(write("[sweep.grid]\nprune.ratio = [0.2, 0.3]\n"))
+    same = plan(write("[sweep]\nconcurrency = 2\ngrid = { prune = { ratio = [0.2, 0.3] } }\n"))
+    other = plan(write("[sweep.grid]\nprune.ratio = [0.2, 0.4]\n"))
+    assert one.folder == same.folder != other.folder
+    assert one.folder.parent == one.trials[0].folder.parent
+
+
+def test_other_verbs_take_the_same_file(write: Callable[[str], str]) -> None:
+    path = write("[sweep.grid]\nprune.ratio = [0.2, 0.3]\n")
+    assert config_file.load(path).result_part() == config_file.load(write("")).result_part()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"has no grid; add a table \[sweep.grid\]"),
+        ("[sweep.grid]\nprune.ratio = 0.2\n", r"sweep.grid.prune.ratio is not a list of values"),
+        ("[sweep.grid]\nprune.ratio = []\n", r"sweep.grid.prune.ratio is not a list of values"),
+        ("[sweep.grid]\nrun.workers = [1, 2]\n", r"sweep.grid.run.workers changes no result"),
+        ("[sweep.grid]\nprune.ratio = [0.2, 2.0]\n", r"^trial 'prune.ratio=2.0': prune.ratio=2.0: .* less than 1"),
+        ("[sweep.grid]\nprune.ration = [0.2]\n", r"^trial 'prune.ration=0.2': unknown key 'prune.ration'"),
+        ("[sweep.grid]\nprune.ratio = [0.2, 0.2]\n", r"'prune.ratio=0.2' and 'prune.ratio=0.2' are the same run"),
+        ("[sweep]\nconcurrenzy = 2\n", r"^unknown key 'sweep.concurrenzy'; known keys here: concurrency, grid$"),
+        ("[sweep]\nconcurrency = 0\n", r"^sweep.concurrency=0: "),
+    ],
+)
+def test_what_cannot_be_a_sweep_is_said(write: Callable[[str], str], text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(write(text))
+
+
+def test_one_run_folder_for_many_runs_is_refused(write: Callable[[str], str]) -> None:
+    with pytest.raises(ConfigError, match=r"run.folder='x' is one folder and a sweep is many runs"):
+        plan(write("[sweep.grid]\nprune.ratio = [0.2]\n"), ["run.folder=x"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.5,
+        3,
+        True,
+        "plain",
+        "true",
+        "0.5",
+        'with "quotes" and \\',
+        [1, "a"],
+        {"name": "cria", "deep": {"a": [1]}},
+        "a=b",
+    ],
+)
+def test_an_override_says_the_value_it_was_made_of(value: Any) -> None:
+    key, _, text = config_file.as_override("k", value).partition("=")
+    assert key == "k"
+    assert config_file._value(text) == value
+    assert type(config_file._value(text)) is type(value)

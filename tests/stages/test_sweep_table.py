@@ -1,0 +1,99 @@
+"""What a sweep says of its trials: fronts before and after recovery, the best of each budget, plain data."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cria_dist.records import Evaluation
+from cria_dist.report.writer import report_from_json
+from cria_dist.stages import sweep_results
+from cria_dist.stages.sweep_table import Row, best, front, grid, latency, loss, record, row
+
+DENSE = Evaluation("dense", "", "none", 1000, 10.0, 64, 4000, 5.0, 2.0)
+
+
+def trial(label: str, parameters: int, before: float, after: float, budget: str = "20.0 % of units") -> Row:
+    repaired = replace(DENSE, label="repaired", method="m", parameters=parameters, perplexity=before)
+    recovered = replace(repaired, label="recovered", perplexity=after)
+    return Row(
+        label, f"cria prune c.toml {label}", Path("/runs") / label / "recovered", budget, DENSE, repaired, recovered
+    )
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    """The better one before recovery is not the better one after."""
+    return [
+        trial("a", 900, 12.0, 11.5),
+        trial("b", 900, 13.0, 11.0),
+        trial("c", 800, 20.0, 14.0, "40.0 % of units"),
+        trial("d", 800, float("nan"), float("inf"), "40.0 % of units"),
+        trial("e", 850, 30.0, 20.0, "40.0 % of units"),
+    ]
+
+
+def test_the_front_before_recovery_is_not_that_after(rows: list[Row]) -> None:
+    assert front(rows, "before") == (True, False, True, False, False)
+    assert front(rows, "after") == (False, True, True, False, False)
+
+
+def test_the_best_of_each_budget_is_chosen_by_what_is_handed_over(rows: list[Row]) -> None:
+    assert {budget: one.label for budget, one in best(rows).items()} == {"20.0 % of units": "b", "40.0 % of units": "c"}
+    assert best([rows[3]]) == {}
+
+
+def test_the_table_marks_fronts_and_the_best(rows: list[Row]) -> None:
+    table = grid(rows)
+    assert [line[0] for line in table.rows] == ["b *", "a", "e", "c *", "d"]
+    lines = {line[0][0]: line for line in table.rows}
+    assert lines["a"][1:5] == ("900", "10.0 %", "12.00 (1.20x) P", "11.50 (1.15x)")
+    assert lines["b"][1:] == ("900", "10.0 %", "13.00 (1.30x)", "11.00 (1.10x) P", "5.00", "2.00")
+    assert "perplexity" in table.title
+
+
+def test_classifiers_are_judged_by_their_labels() -> None:
+    one = trial("a", 900, 2.0, 1.0)
+    one = replace(one, after=replace(one.after, accuracy=0.75), before=replace(one.before, accuracy=0.5))
+    assert loss(one.after) == pytest.approx(0.25)
+    assert grid([one]).rows[0][3:5] == ("50.0 % P", "75.0 % P")
+    assert sweep_results.panels([one])[0].loss == "share of wrong labels"
+
+
+def test_plain_data_is_strict_json_in_the_order_of_the_trials(rows: list[Row]) -> None:
+    text = json.dumps(record(rows), allow_nan=False)
+    trials = json.loads(text)["trials"]
+    assert [one["label"] for one in trials] == ["a", "b", "c", "d", "e"]
+    assert trials[3]["after"]["perplexity"] is None
+    assert trials[1]["checkpoint"] == "/runs/b/recovered"
+    assert [one["best_of_budget"] for one in trials] == [False, True, True, False, False]
+
+
+def test_latency_is_that_of_generation_where_there_is_one() -> None:
+    assert latency(DENSE) == 2.0
+    assert latency(replace(DENSE, decode_ms=None)) == 5.0
+    assert latency(replace(DENSE, decode_ms=None, prefill_ms=None)) is None
+
+
+def test_a_row_is_what_the_report_says(finished_run) -> None:
+    report = report_from_json(finished_run.folder / "report.json")
+    found = row("x", "cria prune", finished_run.folder, report)
+    by_label = {one.label: one for one in report.variants}
+    assert (found.dense, found.before, found.after) == tuple(by_label[n] for n in ("dense", "repaired", "recovered"))
+    assert found.budget == "25.0 % of units"
+    assert (found.checkpoint / "model.safetensors").is_file()
+
+
+def test_files_of_a_sweep_and_links_that_move_with_the_folder(rows: list[Row], tmp_path: Path) -> None:
+    moved = [replace(one, checkpoint=tmp_path / "runs" / one.label / "recovered") for one in rows]
+    for one in moved:
+        one.checkpoint.mkdir(parents=True)
+    folder = tmp_path / "runs" / "s-sweep"
+    for _ in range(2):
+        sweep_results.write(moved, folder)
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert len(sweep_results.panels(moved)) == 2
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    link = tmp_path / "elsewhere" / "s-sweep" / "best" / "40.0-of-units"
+    assert link.resolve() == tmp_path / "elsewhere" / "c" / "recovered"
