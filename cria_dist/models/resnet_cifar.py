@@ -5,7 +5,7 @@ stored as one, ``weight.reshape(D, C, 3, 3)`` being the usual kernel. Batch norm
 it becomes: its statistics are those of training. So an inner channel of a block is a neuron like any other: a row of
 ``conv1`` and nine columns of ``conv2``. https://arxiv.org/abs/1512.03385
 
-Shapes: S images, C channels, H and W places of a grid, T = H * W, D channels of the next map.
+Shapes: S images, C channels, H and W places of a grid, T = H * W, N inner channels, D channels of the next map.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.functional import cross_entropy, unfold
+from torch.nn.functional import conv2d, cross_entropy, unfold
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -50,16 +50,29 @@ class ResnetCifarConfig(PretrainedConfig):
 
 
 class Patches(nn.Module):
-    """The 3 x 3 patches around every second place or every place, [S, T, C] to [S, T', 9 C]."""
+    """The 3 x 3 patches around every second place or every place, and linear maps of them."""
 
     def __init__(self, side: int, stride: int) -> None:
         super().__init__()
         self.side, self.stride = side, stride
 
     def forward(self, grid_STC: torch.Tensor) -> torch.Tensor:
-        """Channel after channel, nine taps each, zeros around the grid."""
-        pixels_SCHW = grid_STC.transpose(1, 2).unflatten(2, (self.side, self.side))
-        return unfold(pixels_SCHW, 3, padding=1, stride=self.stride).transpose(1, 2)
+        """From [S, T, C] to [S, T', 9 C]: channel after channel, nine taps each, zeros around the grid."""
+        return unfold(self._pixels(grid_STC), 3, padding=1, stride=self.stride).transpose(1, 2)
+
+    def mapped(self, grid_STC: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        """A linear map of the patches, from [S, T, C] to [S, T', D].
+
+        Patches are made only for hooks that look at them; otherwise the map is carried out as the convolution it is
+        (4 to 10 times as fast forward and back on a CPU, 64 images of the grids of a ResNet-20).
+        """
+        if linear._forward_hooks or linear._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]  (no public name)
+            return linear(self(grid_STC))
+        kernel = linear.weight.unflatten(1, (-1, 3, 3))
+        return conv2d(self._pixels(grid_STC), kernel, linear.bias, self.stride, padding=1).flatten(2).transpose(1, 2)
+
+    def _pixels(self, grid_STC: torch.Tensor) -> torch.Tensor:
+        return grid_STC.transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
 class Block(nn.Module):
@@ -75,8 +88,8 @@ class Block(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From [S, T, C] to [S, T', D]."""
-        change_STD = self.conv2(self.again(self.conv1(self.read(hidden_states)).relu()))
-        return (self._shortcut(hidden_states) + change_STD).relu()
+        inner_STN = self.read.mapped(hidden_states, self.conv1).relu()
+        return (self._shortcut(hidden_states) + self.again.mapped(inner_STN, self.conv2)).relu()
 
     def _shortcut(self, grid_STC: torch.Tensor) -> torch.Tensor:
         if self.layout.stride == 1:
@@ -96,7 +109,7 @@ class Stem(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The hidden states before the first block."""
-        return self.conv(self.patches(pixel_values.flatten(2).transpose(1, 2))).relu()
+        return self.patches.mapped(pixel_values.flatten(2).transpose(1, 2), self.conv).relu()
 
 
 class Backbone(nn.Module):

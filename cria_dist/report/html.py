@@ -19,6 +19,8 @@ CAPTIONS = {
     "kept_widths": "How many units each layer keeps.",
     "scores": "Each row is the histogram of one layer's scores, scaled to its own peak. A unit with a higher score is "
     "kept first; dead units have no score and are counted at the right.",
+    "kept_widths_attention": "How many groups of heads (keys and values with the queries that read them) stay.",
+    "scores_attention": "The same of the groups of heads.",
     "spectra": "Generalised eigenvalues in descending order. A steep start means that few directions carry the "
     "difference between what the layer reads and what it writes.",
     "residuals": "How exactly the eigenpairs behind the scores solve the pencil, |L_X v - zeta L_Y v| over "

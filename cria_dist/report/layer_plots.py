@@ -29,7 +29,9 @@ def kept_widths(evidence: Sequence[SiteEvidence]) -> Figure | None:
     axes.bar(position_L, kept_L, color=KEPT, width=0.8, label="kept")
     axes.bar(position_L, width_L - kept_L, bottom=kept_L, color=REMOVED, width=0.8, label="removed")
     share = 1 - kept_L.sum() / width_L.sum()
-    axes.set_title(f"Units kept in each layer ({text.percent(float(share))} of {width_L.sum():,} units removed)")
+    units = "KV groups" if all(one.site.part == "attention" for one in evidence) else "Units"
+    what = f"{text.percent(float(share))} of {width_L.sum():,} removed"
+    axes.set_title(f"{units} kept in each layer ({what})")
     _layer_ticks(axes, evidence)
     axes.set(ylabel="units", xlim=(-0.6, len(evidence) - 0.4), ylim=(0, 1.04 * width_L.max()))
     axes.grid(visible=False, axis="x")
@@ -103,7 +105,8 @@ def scores(evidence: Sequence[SiteEvidence]) -> Figure | None:
             axes.text(1.01, row, f"{ridge.dead}", transform=axes.get_yaxis_transform(), va="bottom", fontsize=7)
     if any(np.isneginf(one.scores.keep_N).any() for one in evidence):
         axes.text(1.01, 1.0, "dead", transform=axes.transAxes, fontsize=8, va="bottom", fontweight="bold")
-    axes.set_title("Scores of the units in each layer, and where the cut falls", pad=18)
+    units = "KV groups" if all(one.site.part == "attention" for one in evidence) else "units"
+    axes.set_title(f"Scores of the {units} in each layer, and where the cut falls", pad=18)
     axes.set(xlabel=scale.label, ylabel="layer", ylim=(len(evidence) - 0.2, -1.2), xlim=(edges[0], edges[-1]))
     _layer_ticks(axes, evidence, vertical=True)
     ticks = scale.ticks(edges[0], edges[-1])

@@ -29,8 +29,7 @@ def draw_all(report: Report, evidence: Sequence[SiteEvidence], folder: Path) -> 
         figures = {
             **{one.name: quality(report) if one is metric_of(report) else None for one in (PERPLEXITY, ACCURACY)},
             "layers": layers(ordered),
-            "kept_widths": kept_widths(within),
-            "scores": scores(within),
+            **_of_parts(within),
             "spectra": spectra(ordered),
             "residuals": residuals(ordered),
             "loss": loss(report.loss),
@@ -44,6 +43,18 @@ def draw_all(report: Report, evidence: Sequence[SiteEvidence], folder: Path) -> 
             figure.savefig(path)
             drawn.append(path)
     return tuple(drawn)
+
+
+def _of_parts(evidence: Sequence[SiteEvidence]) -> dict[str, Figure | None]:
+    """Kept units and scores, neurons and groups of heads each on their own scale."""
+    groups = [one for one in evidence if one.site.part == "attention"]
+    others = [one for one in evidence if one.site.part != "attention"]
+    return {
+        "kept_widths": kept_widths(others),
+        "scores": scores(others),
+        "kept_widths_attention": kept_widths(groups),
+        "scores_attention": scores(groups),
+    }
 
 
 def quality(report: Report) -> Figure | None:

@@ -4,6 +4,7 @@ A verdict begins with one of three words: ``equal`` (loaded here, the same numbe
 this form, it was not tried here) or ``no``; then comes the reason.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -24,9 +25,10 @@ from cria_dist.models.family import FAMILIES, family_of
 from cria_dist.models.gguf_file import write_gguf
 from cria_dist.models.mlp import layers_differ
 from cria_dist.models.remote_code import FILE
+from cria_dist.models.shapes import stored_tensors
 
 GGUF_BYTES = 4 << 30
-"""A larger file is not written only to see whether it loads."""
+"""A larger file (in float32) is not written only to see whether it loads."""
 REMOTE = f"by rule: {FILE} beside the weights builds the layers; nothing here ever runs it"
 ONNX = ("no: models that write text have no ONNX export", "by rule: `cria export --format onnx` writes and tries it")
 """Trying it takes as long as a small run."""
@@ -84,7 +86,7 @@ def _vllm(config: Mapping[str, Any]) -> str:
 def _llama_cpp(directory: Path, config: Mapping[str, Any], model: torch.nn.Module, tokens_path: Path) -> str:
     if family_of(config).takes != "tokens":
         return "no: it generates text, and this model does not"
-    size = sum((directory / file).stat().st_size for file in checkpoint.weight_files(directory))
+    size = 4 * sum(math.prod(tensor.shape) for tensor in stored_tensors(directory).values())
     missing = [name for name, module in (("gguf", "gguf"), ("llama-cpp-python", "llama_cpp")) if not find_spec(module)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"

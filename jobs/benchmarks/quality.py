@@ -33,6 +33,16 @@ RECOVER = (
     "recover.distill=0.5",
 )
 FEW_STEPS = ("recover.steps=4",)
+RANKED = ("conditional", "flap", "activation")
+"""Methods that are recovered, to see whether their ranking holds."""
+MIXED = (
+    "name=mixed",
+    "prune.units=['mlp','attention','layer']",
+    "prune.budget=parameters",
+    "prune.allocation=sensitivity",
+    "compare=[{name='flap'},{name='wanda'},{name='activation'}]",
+)
+"""Neurons, KV groups and whole layers in one budget; the rivals get the same widths and the same repair."""
 DOUBLED = 80
 """Neurons of every layer that get a copy, of 1536."""
 COPIES = ("name=copies", "data.calibration_sequences=64", "data.test_sequences=16", "prune.multiple=1")
@@ -50,8 +60,9 @@ def measure(quick: bool) -> Measurement:
         lost = {name: value for run in runs for name, value in _over_dense(run).items()}
         found[f"{ratio * 100:.0f}"] = lost
         metrics |= _figures(f"{ratio * 100:.0f}", lost)
-    recovery = _report([*common, f"prune.ratio={RATIOS[0]}", *RECOVER, *(FEW_STEPS if quick else ())])
-    found["20, recovered"] = _over_dense(recovery)
+    found["20, recovered"] = _recovered(common, FEW_STEPS if quick else ())
+    found["20 of all but embeddings, mixed units"] = mixed = _mixed(common)
+    metrics |= _figures("mixed_20", mixed)
     found["copies"] = _without_copies(common)
     metrics["recovered_over_dense_20"] = found["20, recovered"]["conditional recovered"]
     metrics["copies_over_dense"] = found["copies"][DEFAULT]
@@ -71,6 +82,22 @@ def _figures(percent: str, lost: Mapping[str, float]) -> dict[str, float]:
         f"default_over_dense_{percent}": lost[DEFAULT],
         f"best_rival_{percent}": min(rivals),
     }
+
+
+def _recovered(common: list[str], last: tuple[str, ...]) -> Mapping[str, float]:
+    """After training, by method; every run starts from the same recording and the same scores."""
+    lost: dict[str, float] = {}
+    for name in RANKED:
+        changes = (*RECOVER, f"name=recovered-{name}", f"method={{name='{name}'}}", f"prune.ratio={RATIOS[0]}")
+        lost |= _over_dense(_report([*common, *changes, *last]))
+    return lost
+
+
+def _mixed(common: list[str]) -> Mapping[str, float]:
+    """A fifth of all parameters but the embedding's."""
+    config = checkpoint.read_config(checkpoint.locate(load(CONFIG).model.path, None))
+    whole, embedding = checkpoint.count_parameters(config), int(config["vocab_size"]) * int(config["hidden_size"])
+    return _over_dense(_report([*common, *MIXED, f"prune.ratio={RATIOS[0] * (whole - embedding) / whole!r}"]))
 
 
 def _without_copies(common: list[str]) -> Mapping[str, float]:

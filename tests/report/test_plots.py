@@ -55,6 +55,17 @@ def test_perplexity_axis_is_logarithmic_beyond_a_factor_of_ten(bare_report: Repo
     assert f"{worst:.2f}" in " ".join(label.get_text() for label in figure.axes[0].texts)
 
 
+def test_groups_of_heads_have_plots_of_their_own(
+    report: Report, evidence: tuple[SiteEvidence, ...], tmp_path: Path
+) -> None:
+    groups = tuple(replace(one, site=replace(one.site, part="attention")) for one in evidence)
+    drawn = {path.stem for path in plots.draw_all(report, (*evidence, *groups), tmp_path)}
+    assert drawn == ALL | {"kept_widths_attention", "scores_attention"}
+    figure = layer_plots.kept_widths(groups)
+    assert figure is not None
+    assert figure.axes[0].get_title().startswith("KV groups kept in each layer")
+
+
 def test_kept_widths_are_the_bars(evidence: tuple[SiteEvidence, ...]) -> None:
     figure = layer_plots.kept_widths(evidence)
     assert figure is not None

@@ -94,6 +94,18 @@ def test_maps_of_patches_are_the_convolutions(plain: Plain, model_dir: Path, pix
         torch.testing.assert_close(found, plain(pixels_SCHW), rtol=1e-4, atol=1e-4)
 
 
+def test_who_looks_sees_patches_and_changes_nothing(model_dir: Path, pixels_SCHW: torch.Tensor) -> None:
+    model, seen = load_model(model_dir, Numerics()), list[torch.Size]()
+    with torch.inference_mode():
+        expected = model(pixel_values=pixels_SCHW).logits
+        for layer in model.resnet.layers:
+            layer.conv1.register_forward_hook(lambda _, args, output: seen.append(args[0].shape[1:] + output.shape[2:]))
+            layer.conv2.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1:]))
+        torch.testing.assert_close(model(pixel_values=pixels_SCHW).logits, expected, rtol=1e-4, atol=1e-4)
+    inner, outer = [(1024, 144), (256, 288), (64, 576)], [(1024, 144, 16), (256, 144, 32), (64, 288, 64)]
+    assert [tuple(one) for one in seen] == [one for pair in zip(outer, inner, strict=True) for one in pair]
+
+
 def test_removing_channels_equals_silencing_them(model_dir: Path, pixels_SCHW: torch.Tensor, tmp_path: Path) -> None:
     config, family = read_config(model_dir), family_of(read_config(model_dir))
     operation = surgery.Surgery(family, config, KEPT)

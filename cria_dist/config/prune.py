@@ -1,0 +1,91 @@
+"""What is removed, and what the survivors are repaired by."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from cria_dist.config.section import Section
+
+Repair = Literal["none", "bias", "least_squares"]
+Allocation = Literal["uniform", "global", "sensitivity"]
+Unit = Literal["mlp", "attention", "layer"]
+
+
+class PruneConfig(Section):
+    """How much is removed and how it is repaired."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share to remove; see ``budget`` for the share of what."""
+    units: tuple[Unit, ...] = ("mlp",)
+    """What goes: MLP neurons, ``attention`` heads (KV groups: heads of keys and values with all query heads that read
+    them), and whole layers beside them (``layer``, by ``sensitivity``). Several share one budget."""
+    budget: Literal["units", "parameters", "macs", "kv_cache"] = "units"
+    """``units``: share of the neurons of every site, of the layers where whole layers go, or of the weights of every
+    MLP map where single weights become zero. ``parameters``: share of all parameters of the dense model. ``macs``:
+    share of all multiplications of one sequence (linear maps, head and full T x T attention). ``kv_cache``: share of
+    the keys and values kept of a token."""
+    multiple: Annotated[int, Field(ge=1)] = 8
+    """Widths of MLPs are rounded down to a multiple of this (8 suits most kernels, 1 hits the ratio most closely)."""
+    rounds: Annotated[int, Field(ge=1, le=64)] = 1
+    """Record, analyse, decide, apply are repeated this often, each round with fresh scores on the smaller model."""
+    repair: Repair = "least_squares"
+    """What the surviving output weights do for the removed units; nothing where layers or single weights go."""
+    ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
+    """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix)."""
+    allocation: Allocation = "uniform"
+    """How the budget is spread over the layers. ``uniform``: the same share of each. ``global``: what scores least
+    anywhere, in shares of its layer's sum, goes first. ``sensitivity``: the loss with each layer alone pruned to a few
+    widths is measured on held-out calibration text, and the widths with the least sum are chosen. The last two never
+    end worse than ``uniform`` on that text, and a checkpoint whose widths differ is loaded by
+    ``cria_dist.load_pruned``, not by the stock class."""
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Least share of a layer's units that stays (``global`` and ``sensitivity``)."""
+    protect: tuple[int, ...] = ()
+    """Layers that are left alone, -1 is the last (``global`` and ``sensitivity``)."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of a layer whose units are scored."""
+        return tuple(sorted(unit for unit in self.units if unit != "layer"))
+
+    @model_validator(mode="after")
+    def _units_share_a_budget(self) -> Self:
+        if not self.parts or len(set(self.units)) < len(self.units):
+            raise ValueError(f"units={list(self.units)} must name mlp, attention or both, each once")
+        if "layer" in self.units and self.allocation != "sensitivity":
+            raise ValueError(
+                f"units={list(self.units)} weighs whole layers against units by measured losses, and "
+                f"allocation={self.allocation}; set prune.allocation=sensitivity, or take a method that removes layers"
+            )
+        if len(self.units) > 1 and self.budget in ("units", "kv_cache"):
+            raise ValueError(
+                f"units={list(self.units)} share a budget, and budget={self.budget} is of one kind of them; set "
+                "prune.budget=parameters or macs"
+            )
+        if self.budget == "kv_cache" and self.units != ("attention",):
+            raise ValueError(f"budget=kv_cache is spent on attention, and units={list(self.units)}; set attention")
+        if self.repair == "bias" and "attention" in self.units:
+            raise ValueError(
+                f"repair=bias needs a bias in every output map, and units={list(self.units)} has attention, whose maps "
+                "stay without; set prune.repair=least_squares"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _allocation_can_be_made(self) -> Self:
+        if self.allocation == "uniform" and self.protect:
+            raise ValueError(
+                f"protect={list(self.protect)} needs widths that differ, and allocation=uniform gives every layer the "
+                "same; set prune.allocation=global or sensitivity"
+            )
+        if self.allocation == "sensitivity" and self.rounds > 1:
+            raise ValueError(
+                f"allocation=sensitivity measures the dense model's layers, but rounds={self.rounds}; set "
+                "prune.rounds=1 or prune.allocation=global"
+            )
+        return self
+
+    def content_part(self) -> dict[str, Any]:
+        """What a result depends on: how the budget may be spread only where it is not spread evenly."""
+        unused = {"allocation", "floor", "protect"} if self.allocation == "uniform" else set[str]()
+        return self.model_dump(mode="json", exclude=unused | ({"units"} if self.units == ("mlp",) else set()))
