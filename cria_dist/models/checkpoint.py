@@ -226,7 +226,8 @@ def from_pretrained(directory: Path, **settings: Any) -> PreTrainedModel:
     stock = stock_class(config)
     if layers_differ(config):
         stock = resizing_class(type(empty_model(config)), family_of(config), config)
-        settings["config"] = AutoConfig.for_model(**config)
+        named = {key: value for key, value in config.items() if key != "auto_map"}  # save_pretrained copies no code
+        settings["config"] = AutoConfig.for_model(**named)
     model = stock.from_pretrained(
         directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **settings
     )

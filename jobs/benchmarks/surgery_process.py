@@ -28,8 +28,8 @@ def copy(source: Path, target: Path) -> None:
         files.sync(target / path.name)
 
 
-def prune(source: Path, target: Path) -> None:
-    """Keep a share of the MLP neurons of every layer, scattered."""
+def planned(source: Path) -> Surgery:
+    """Keep a share of the MLP neurons of every layer, scattered; what the plan needs of transformers is loaded here."""
     config = checkpoint.read_config(source)
     family = family_of(config)
     generator = torch.Generator().manual_seed(0)
@@ -37,7 +37,9 @@ def prune(source: Path, target: Path) -> None:
     for site, width in family.widths(config).items():
         chosen = torch.randperm(width, generator=generator)[: int(KEPT_SHARE * width)]
         kept[site.key] = tuple(sorted(chosen.tolist()))
-    write_pruned(source, target, Surgery(family, config, kept))
+    surgery = Surgery(family, config, kept)
+    checkpoint.count_parameters(surgery.pruned_config())
+    return surgery
 
 
 def peak_bytes() -> int:
@@ -48,8 +50,12 @@ def peak_bytes() -> int:
 
 def main(verb: str, source: str, target: str) -> None:
     """Do it and print what it took."""
+    surgery = planned(Path(source)) if verb == "prune" else None
     start, began = peak_bytes(), time.perf_counter()
-    {"copy": copy, "prune": prune}[verb](Path(source), Path(target))
+    if surgery is None:
+        copy(Path(source), Path(target))
+    else:
+        write_pruned(Path(source), Path(target), surgery)
     taken = {"seconds": time.perf_counter() - began, "start": start, "peak": peak_bytes()}
     sys.stdout.write(json.dumps(taken))
 

@@ -107,7 +107,7 @@ def test_a_group_costs_what_leaves_with_it(dense: Path, tmp_path: Path) -> None:
 def test_heads_that_do_not_divide_the_hidden_size(model_type: str, make_model: MakeModel, tmp_path: Path) -> None:
     """6 heads, hidden 32: Llama's config refuses it, Mistral's says the same model; Gemma's has no such relative."""
     dense = make_model(tmp_path / "dense", model_type=model_type, **HEADS)
-    kept = {key: (0, 1, 3) for key in EVEN}
+    kept = dict.fromkeys(EVEN, (0, 1, 3))
     surgery.write_pruned(dense, tmp_path / "pruned", operation(dense, kept))
     config = read_config(tmp_path / "pruned")
     assert config["model_type"] == {"llama": "mistral"}.get(model_type, model_type)

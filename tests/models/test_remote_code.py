@@ -78,6 +78,12 @@ def test_what_it_saves_we_load(folder: Path) -> None:
         assert all(torch.equal(again[key], first[key]) for key in first)
 
 
+def test_what_we_load_and_save_names_no_file_it_lacks(folder: Path, tmp_path: Path) -> None:
+    checkpoint.from_pretrained(folder / "llama").save_pretrained(tmp_path)
+    assert "auto_map" not in checkpoint.read_config(tmp_path)
+    assert checkpoint.read_config(tmp_path)["intermediate_size_per_layer"] == [26, 36]
+
+
 def test_the_file_is_there_only_where_layers_differ(folder: Path, tmp_path: Path) -> None:
     config = checkpoint.read_config(folder / "llama")
     assert config["auto_map"] == {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}

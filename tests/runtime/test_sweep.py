@@ -81,6 +81,7 @@ def test_trials_are_single_runs_and_a_failed_one_is_named(
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("unverified")
 def test_a_killed_sweep_goes_on_with_ray_workers_and_finds_the_same(
     write_sweep: WriteSweep, make_context: Callable[..., Any], session: int, tmp_path: Path

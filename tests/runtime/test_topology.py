@@ -12,7 +12,7 @@ import pytest
 from cria_dist.pipeline import prune
 from cria_dist.stages.recover import read_log
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(600)]
 
 PROCESS = Path(__file__).with_name("topology_process.py")
 

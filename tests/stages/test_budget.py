@@ -66,7 +66,9 @@ def test_an_even_budget_in_any_measure(
 
 def test_every_round_takes_the_same_part(run_config: RunConfigMaker, tmp_path: Path) -> None:
     prune = run_config(tmp_path, prune={"ratio": 0.3, "rounds": 3}).prune
-    left = [Budget(5, 1000).left({Site(0): 100, Site(1): 60}, prune, index) for index in range(3)]
+    left = [
+        Budget({Site(0): 5, Site(1): 5}, 1000).left({Site(0): 100, Site(1): 60}, prune, index) for index in range(3)
+    ]
     assert left == pytest.approx([700, 600, 500])
 
 
@@ -76,7 +78,7 @@ def test_rooms(run_config: RunConfigMaker, tmp_path: Path) -> None:
     prune = run_config(tmp_path, prune=changes).prune
     dense = {Site(layer): 100 for layer in range(4)}
     present = {site.key: 100 - 10 * site.layer for site in dense}
-    assert rooms_of(prune, Budget(7, 0), dense, present) == {
+    assert rooms_of(prune, Budget(dict.fromkeys(dense, 7), 0), dense, present) == {
         "layer-000.mlp": Room(100, 100, 8, 7),
         "layer-001.mlp": Room(90, 32, 8, 7),
         "layer-002.mlp": Room(80, 32, 8, 7),

@@ -93,7 +93,7 @@ def test_halves_of_a_file_are_disjoint_whole_and_of_like_size(tmp_path: Path, ki
     ("name", "content", "error", "complaint"),
     [
         ("gone.txt", None, DataError, r"gone\.txt.*no such file"),
-        ("text.csv", b"text\na\n", ConfigError, r"text\.csv.*\.txt, \.jsonl, \.parquet"),
+        ("text.csv", b"text\na\n", ConfigError, r"text\.csv.*\.txt, \.tsv, \.jsonl, \.parquet"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": \n', DataError, "line 2 is not JSON"),
         ("rows.jsonl", b"[1]\n", DataError, "line 1 is not a JSON object"),
         ("rows.jsonl", b'{"body": "a", "id": 1}\n', ConfigError, "field='text' is not in .*'body', 'id'"),

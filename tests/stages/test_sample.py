@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cria_dist.stages.sample import TokenSample
+from cria_dist.stages.sample import SentenceSample, TokenSample
 
 
 @pytest.mark.parametrize(("tokens", "length"), [(57, 16), (10, 16), (3, 16), (150, 16), (64, 512)])
@@ -39,3 +39,32 @@ def test_rows_and_origin_name_the_same_tokens() -> None:
     assert origin["sequence"].dtype == origin["position"].dtype == np.int32
     assert np.array_equal(sample.rows(range(4, 7)), (origin["sequence"] - 4) * 16 + origin["position"])
     assert np.array_equal(origin["position"], np.concatenate([sample.positions(sequence) for sequence in (4, 5, 6)]))
+
+
+def test_sentences_give_tokens_in_proportion_and_never_their_first() -> None:
+    lengths_S = np.array([2, 40, 7, 40, 3, 12, 7, 2])
+    for tokens in (8, 57, int((lengths_S - 1).sum())):
+        sample = SentenceSample(3, lengths_S, tokens)
+        taken = [sample.positions(sentence) for sentence in range(8)]
+        assert sum(map(len, taken)) == tokens == sample.sampled(range(8))
+        assert all(
+            one.min() >= 1 and one.max() < length for one, length in zip(taken, lengths_S, strict=True) if len(one)
+        )
+        shares = tokens * (lengths_S - 1) / (lengths_S - 1).sum()
+        assert all(abs(len(one) - share) < 1 for one, share in zip(taken, shares, strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_sentences_go_together_with_those_of_their_length(size: int) -> None:
+    lengths_S = np.array([9, 4, 9, 4, 4, 6, 9, 2])
+    sample, shard = SentenceSample(0, lengths_S, 20), range(2, 8)
+    batches = list(sample.batches(shard, size))
+    assert all(len(batch.places) <= size for batch in batches)
+    assert np.concatenate([batch.places for batch in batches]).tolist() == [0, 4, 3, 1, 2, 5]
+    assert [batch.length for batch in batches] == sorted((batch.length for batch in batches), reverse=True)
+    rows = [len(batch.rows) for batch in batches]
+    assert sum(rows) == sample.sampled(shard) == len(sample.origin(shard)["position"])
+    assert (
+        sample.origin(shard)["sequence"].tolist()
+        == np.repeat([2, 6, 5, 3, 4, 7], [len(sample.positions(one)) for one in (2, 6, 5, 3, 4, 7)]).tolist()
+    )

@@ -16,7 +16,7 @@ from cria_dist.config import CorpusConfig
 from cria_dist.errors import ConfigError, CriaError, DataError
 from cria_dist.stages import lines
 from cria_dist.stages.corpus import tokenize
-from cria_dist.stages.sources import plain_text, read_items
+from cria_dist.stages.sources import plain_text, read_items, read_labelled
 
 Part = Literal["all", "first", "second"]
 
@@ -220,3 +220,39 @@ def test_a_missing_test_text_is_said_before_the_calibration_text_is_read(tmp_pat
     """The kind of source is checked at once, its rows when they are asked for."""
     with pytest.raises(DataError, match="no such file"):
         read_items(CorpusConfig(source=str(tmp_path / "gone.txt")), plain_text)
+
+
+def test_the_halves_of_a_table_are_its_rows_without_the_heading(tmp_path: Path) -> None:
+    rows = [f"sentence number {number}, 'quoted\" as it is\t{number % 2}" for number in range(21)]
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    corpus = CorpusConfig(source=str(tmp_path / "rows.tsv"), label="label")
+
+    def read(part: Part) -> list[tuple[str, int]]:
+        one = corpus.model_copy(update={"part": part})
+        return list(read_labelled(one, plain_text, lambda value, _: int(value)))
+
+    expected = [(row.split("\t")[0], number % 2) for number, row in enumerate(rows)]
+    assert read("all") == expected
+    assert [*read("first"), *read("second")] == expected
+    assert 8 <= len(read("first")) <= 12
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text\tlabel\none\t1\ntwo\n", r"rows\.tsv line 3 has 1 columns and the first line names 2 \(text, label\)"),
+        ("text\tmark\none\t1\n", r"^label='label' is not in .*rows\.tsv; it has: 'text', 'mark'$"),
+    ],
+)
+def test_a_table_that_does_not_fit_names_its_line(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_text(content, encoding="utf-8")
+    corpus = CorpusConfig(source=str(tmp_path / "rows.tsv"), label="label")
+    with pytest.raises(CriaError, match=message):
+        list(read_labelled(corpus, plain_text, lambda value, _: int(value)))
+
+
+def test_plain_text_has_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    corpus = CorpusConfig(source=str(tmp_path / "text.txt"), label="label")
+    with pytest.raises(ConfigError, match=r"is plain text without labels; give a \.tsv, \.jsonl or \.parquet file"):
+        list(read_labelled(corpus, plain_text, lambda value, _: int(value)))
