@@ -161,6 +161,7 @@ def test_workers_that_die_after_their_work_and_before_their_answer(
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("session")
 def test_twenty_kills_at_random_points_change_nothing(

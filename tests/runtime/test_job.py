@@ -136,6 +136,7 @@ def test_a_stopped_job_is_no_success(config: Path, address: str, client: JobSubm
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_next_attempt_goes_on_where_a_killed_driver_was(
     config: Path,
     address: str,

@@ -42,6 +42,7 @@ def test_two_workers_equal_one(task: LearnTask, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_failure_names_the_stage(
     task: LearnTask, pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_two_ranks_equal_one_process_and_go_on_where_they_stopped(run: Callable[
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_rank_is_survived(run: Callable[..., Any], pool: RayPool, tmp_path: Path) -> None:
     _, alone = run("replicate", LocalPool(), 1)
     folder = tmp_path / "tensor" / "recording" / "commits"
@@ -111,6 +112,7 @@ def kill_a_rank(commits: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_what_only_one_rank_refuses_ends_the_run(
     run: Callable[..., Any], pool: RayPool, pico: Path, tmp_path: Path
 ) -> None:
