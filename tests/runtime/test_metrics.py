@@ -66,6 +66,7 @@ def test_results_of_a_recording_are_counted() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_coordinator_tells_prometheus_what_was_done(tmp_path: Path) -> None:
     before = scrape()
     pool = RayPool(workers=2)
