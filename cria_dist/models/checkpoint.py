@@ -1,4 +1,4 @@
-"""Checkpoints on disk: find, describe, read tensors, load. Safetensors only, no remote code."""
+"""Checkpoints on disk: describe, read tensors, load, write. Safetensors only, no remote code."""
 
 import json
 import shutil
@@ -24,7 +24,6 @@ from transformers.utils import logging as transformers_logging
 
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.files import digest, safe_name, write_json, write_with
-from cria_dist.models.builtin import resolve_builtin
 from cria_dist.models.decilm import from_blocks
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import ModelDict, Takes, layers_differ
@@ -36,9 +35,6 @@ PLAN = "plan.json"
 """How a checkpoint of ours came about; a checkpoint made of it gets its own."""
 INDEX = "model.safetensors.index.json"
 SAMPLE_BYTES = 1 << 20
-TERMS = ["README.md", "LICENSE*", "NOTICE*"]
-FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", *TERMS]
-"""What is downloaded of a model; its terms go on with what is made of it."""
 CLASSES: Mapping[Takes, Any] = {
     "tokens": AutoModelForCausalLM,
     "sentences": AutoModelForSequenceClassification,
@@ -46,54 +42,6 @@ CLASSES: Mapping[Takes, Any] = {
 }
 """Stock classes, by what the model takes."""
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
-
-
-def locate(path: str, revision: str | None, weights: bool = True) -> Path:
-    """The local directory of a checkpoint: built in, local, or downloaded from the hub.
-
-    Args:
-        path: ``model.path`` of the configuration.
-        revision: hub revision.
-        weights: whether they are wanted; without, a ``config.json`` is enough.
-
-    Raises:
-        ConfigError: it does not exist or has no safetensors weights.
-    """
-    builtin = resolve_builtin(path)
-    if builtin is not None:
-        return builtin
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
-        directory = _download(path, revision, FILES if weights else ["config.json"])
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"model.path={path!r} has no config.json; give a directory in transformers format")
-    if not weights:
-        return directory.resolve()
-    if not (directory / WEIGHTS).is_file() and not (directory / INDEX).is_file():
-        raise ConfigError(
-            f"model.path={path!r} has no {WEIGHTS}; convert it with model.save_pretrained(..., safe_serialization=True)"
-        )
-    missing = [file for file in weight_files(directory) if not (directory / file).is_file()]
-    if missing:
-        raise ConfigError(
-            f"model.path={path!r} lacks {missing[0]}, which its index names; take a whole copy of the model"
-        )
-    return directory.resolve()
-
-
-def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise ConfigError(f"model.path={path!r} is not a directory; give an existing directory or a hub name org/model")
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.path={path!r} is neither a directory nor reachable on the hub ({reason}); check the name"
-        ) from error
 
 
 def read_config(directory: Path) -> dict[str, Any]:

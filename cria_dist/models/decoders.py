@@ -23,6 +23,12 @@ class DecoderFamily(MlpFamily):
         """One per token."""
         return sequence_length
 
+    def _with_biases(self) -> dict[str, Any]:
+        raise ConfigError(
+            f"prune.repair=bias needs MLP biases, which {self.model_type!r} does not have; "
+            "use prune.repair=least_squares"
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class GatedMlpFamily(DecoderFamily):
@@ -60,10 +66,7 @@ class GatedMlpFamily(DecoderFamily):
 
     def _with_biases(self) -> dict[str, Any]:
         if self.mlp_bias_key is None:
-            raise ConfigError(
-                f"prune.repair=bias needs MLP biases, which {self.model_type!r} does not have; "
-                "use prune.repair=least_squares"
-            )
+            return DecoderFamily._with_biases(self)  # slots: super() knows another class
         return {self.mlp_bias_key: True}
 
 
@@ -86,12 +89,6 @@ class FusedMlpFamily(DecoderFamily):
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """They have none."""
         return False
-
-    def _with_biases(self) -> dict[str, Any]:
-        raise ConfigError(
-            f"prune.repair=bias needs MLP biases, which {self.model_type!r} does not have; "
-            "use prune.repair=least_squares"
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 
 
 def load_pruned(directory: str | os.PathLike[str], **settings: Any) -> PreTrainedModel:
@@ -22,4 +22,4 @@ def load_pruned(directory: str | os.PathLike[str], **settings: Any) -> PreTraine
     Raises:
         ConfigError: the directory is no checkpoint, or of a family that is not known.
     """
-    return checkpoint.from_pretrained(checkpoint.locate(str(Path(directory)), None), **settings)
+    return checkpoint.from_pretrained(location.locate(str(Path(directory)), None), **settings)

@@ -5,9 +5,8 @@ and one that others could have written to is refused.
 """
 
 import os
-import threading
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from cria_dist.errors import ConfigError, CriaError
 from cria_dist.pipeline import Context
 from cria_dist.pipeline.scoring import prune_and_score
 from cria_dist.report.progress import Bar, Progress
+from cria_dist.stages.follow import followed
 from cria_dist.stages.sweep import Sweep, Trial
 from cria_dist.stages.sweep_table import loss
 
@@ -112,24 +112,12 @@ def _check_private(folder: Path) -> None:
         )
 
 
-@contextmanager
-def _following(outcomes: Path, bar: Bar) -> Generator[None]:
-    """Count the trials that have an outcome, from a thread, until the block ends."""
-    finished = threading.Event()
+def _following(outcomes: Path, bar: Bar) -> AbstractContextManager[None]:
+    """Count the trials that have an outcome until the block ends."""
 
-    def follow() -> None:
-        while True:
-            last = finished.wait(LOOK_SECONDS)
-            there = len(list(outcomes.glob("*.json")))
-            if there > bar.done:
-                bar.advance(there - bar.done)
-            if last:
-                return
+    def look() -> None:
+        there = len(list(outcomes.glob("*.json")))
+        if there > bar.done:
+            bar.advance(there - bar.done)
 
-    follower = threading.Thread(target=follow, name="follow-trials", daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        follower.join()
+    return followed(look, LOOK_SECONDS, "follow-trials")

@@ -9,7 +9,7 @@ import torch
 
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.stages import memory, probe, schedule
@@ -59,7 +59,7 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
     Raises:
         ConfigError: the model cannot be found or its family is not known.
     """
-    directory = checkpoint.locate(config.model.path, config.model.revision, weights=measured)
+    directory = location.locate(config.model.path, config.model.revision, weights=measured)
     model_config = checkpoint.read_config(directory)
     family = family_of(model_config)
     work = Workload(config, model_config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from cria_dist.errors import ConfigError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 from cria_dist.models.decilm import write_decilm
 from cria_dist.models.gguf_file import write_gguf
 from cria_dist.models.onnx_file import write_onnx
@@ -48,7 +48,7 @@ def model_of(source: str) -> Path:
     for name in ("recovered", "pruned"):
         if checkpoint.is_complete(Path(source) / name):
             return Path(source) / name
-    return checkpoint.locate(source, None)
+    return location.locate(source, None)
 
 
 def _gguf(directory: Path, target: Path) -> str:

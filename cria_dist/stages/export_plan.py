@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from cria_dist.errors import ConfigError, DataError, PlanError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 from cria_dist.models.depth import within_layers
 from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery, write_pruned
@@ -40,7 +40,7 @@ def apply_plan(plan_path: Path, base: str, target: Path, replaced: Path | None =
     """
     if target.exists():
         raise ConfigError(f"{target} is there already; give a new folder, checkpoints are not overwritten")
-    plan, directory = read_plan(plan_path), checkpoint.locate(base, None)
+    plan, directory = read_plan(plan_path), location.locate(base, None)
     config = checkpoint.read_config(directory)
     there = checkpoint.count_parameters(config)
     if there != plan.parameters[0]:

@@ -10,7 +10,7 @@ from typing import Any
 from cria_dist import files
 from cria_dist.config import Repair, RunConfig
 from cria_dist.errors import ConfigError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.records import Site, Stage
@@ -147,7 +147,7 @@ def prepare(config: RunConfig, until: Stage = "evaluate") -> Job:
         PlanError: the ratio would empty a layer.
     """
     folder = run_folder(config)
-    model_dir = checkpoint.locate(config.model.path, config.model.revision)
+    model_dir = location.locate(config.model.path, config.model.revision)
     model_config = checkpoint.read_config(model_dir)
     family = family_of(model_config)
     check_takes(config, family, model_config, until)

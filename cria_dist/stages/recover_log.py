@@ -1,13 +1,13 @@
 """The loss log of a recovery: a JSON line per step that survives torn lines, resumption and several readers."""
 
 import json
-import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from cria_dist import files
+from cria_dist.stages.follow import followed
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -34,27 +34,17 @@ def append_log(path: Path, **record: float) -> None:
         handle.write(json.dumps(record) + "\n")
 
 
-@contextmanager
-def following(log_path: Path, advance: Callable[[int, int], None], tokens_per_step: int) -> Generator[None]:
+def following(
+    log_path: Path, advance: Callable[[int, int], None], tokens_per_step: int
+) -> AbstractContextManager[None]:
     """Report the steps that training workers log, from a thread, until the block ends."""
-    finished = threading.Event()
     seen = 0
 
-    def follow() -> None:
+    def look() -> None:
         nonlocal seen
-        while True:
-            last = finished.wait(1.0)
-            steps = len(read_log(log_path))
-            if steps > seen:
-                advance(steps - seen, (steps - seen) * tokens_per_step)
-                seen = steps
-            if last:
-                return
+        steps = len(read_log(log_path))
+        if steps > seen:
+            advance(steps - seen, (steps - seen) * tokens_per_step)
+            seen = steps
 
-    follower = threading.Thread(target=follow, name="follow-recovery", daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        follower.join()
+    return followed(look, 1.0, "follow-recovery")

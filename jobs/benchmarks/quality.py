@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cria_dist.config_file import load
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 from cria_dist.records import Evaluation, Report
 from cria_dist.report.writer import report_from_json
 from cria_dist.stages.prepare import run_folder
@@ -95,7 +95,7 @@ def _recovered(common: list[str], last: tuple[str, ...]) -> Mapping[str, float]:
 
 def _mixed(common: list[str]) -> Mapping[str, float]:
     """A fifth of all parameters but the embedding's."""
-    config = checkpoint.read_config(checkpoint.locate(load(CONFIG).model.path, None))
+    config = checkpoint.read_config(location.locate(load(CONFIG).model.path, None))
     whole, embedding = checkpoint.count_parameters(config), int(config["vocab_size"]) * int(config["hidden_size"])
     return _over_dense(_report([*common, *MIXED, f"prune.ratio={RATIOS[0] * (whole - embedding) / whole!r}"]))
 
@@ -103,7 +103,7 @@ def _mixed(common: list[str]) -> Mapping[str, float]:
 def _without_copies(common: list[str]) -> Mapping[str, float]:
     """As many neurons go as were doubled: what is lost, by method."""
     folder = ROOT / "with-copies"
-    share = copies.widen(checkpoint.locate(load(CONFIG).model.path, None), folder, DOUBLED)
+    share = copies.widen(location.locate(load(CONFIG).model.path, None), folder, DOUBLED)
     return _over_dense(_report([*common, *COPIES, f"model.path={folder}", f"prune.ratio={share!r}"]))
 
 

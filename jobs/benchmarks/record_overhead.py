@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from cria_dist.models.blocks import partition
-from cria_dist.models.checkpoint import Numerics, load_model, locate, read_config
+from cria_dist.models.checkpoint import Numerics, load_model, read_config
+from cria_dist.models.location import locate
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
 from jobs.benchmarks.frame import alternate, seconds
 from jobs.benchmarks.record_setup import Load, Shape, discard, make_task, one_thread, save_model

@@ -12,7 +12,7 @@ import torch
 
 from cria_dist.config import RecoverConfig
 from cria_dist.config_file import parse
-from cria_dist.models import checkpoint
+from cria_dist.models import location
 from cria_dist.runtime.session import ray_session
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages.recover import Learner, Place, RecoverTask, read_log, student
@@ -46,7 +46,7 @@ def measure(quick: bool) -> Measurement:
         config = RecoverConfig(
             steps=STEPS, workers=1, batch_sequences=BATCH, sequence_length=LENGTH, train="mlp", distill=0
         )
-        directory = checkpoint.locate(BUILTIN, None)
+        directory = location.locate(BUILTIN, None)
         task = RecoverTask(
             directory, folder / "tokens.npy", folder / "recovered", folder / "loss.jsonl", config, "highest", 0
         )

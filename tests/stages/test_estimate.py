@@ -12,7 +12,7 @@ import torch
 
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
 from cria_dist.models.sizes import sizes_of
 from cria_dist.stages import probe
@@ -93,7 +93,7 @@ def test_weights_are_not_needed_but_for_a_probe(run_config: RunConfigMaker, tmp_
     with pytest.raises(ConfigError, match=r"has no model\.safetensors"):
         estimate(config, measured=True)
     with pytest.raises(ConfigError, match=r"has no model\.safetensors"):
-        checkpoint.locate(config.model.path, None)
+        location.locate(config.model.path, None)
 
 
 def test_a_hub_name_is_asked_for_its_config_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_hub_name_is_asked_for_its_config_alone(monkeypatch: pytest.MonkeyPatc
         return bare(tmp_path / "downloaded", LLAMA_7B)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    folder = checkpoint.locate("meta-llama/Llama-2-7b-hf", None, weights=False)
+    folder = location.locate("meta-llama/Llama-2-7b-hf", None, weights=False)
     assert (folder, asked) == (tmp_path / "downloaded", [["config.json"]])
 
 

@@ -12,23 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cria_dist.config import RecoverConfig
 from cria_dist.errors import ConfigError, NumericError
 from cria_dist.models import checkpoint
 from cria_dist.stages import recover, recover_loss, recover_step
 from cria_dist.stages.recover import Place, RecoverTask, Teacher, read_log
-
-CONFIG = RecoverConfig(
-    steps=8, workers=1, batch_sequences=4, sequence_length=16, learning_rate=2e-3, checkpoint_every=3, distill=0
-)
-
-
-@pytest.fixture
-def task(pico: Path, text_file: Path, tmp_path: Path) -> RecoverTask:
-    tokens = checkpoint.load_tokenizer(pico)(text_file.read_text(), verbose=False)["input_ids"]
-    np.save(tmp_path / "tokens.npy", np.asarray(tokens[: 12 * 32], dtype=np.int32).reshape(12, 32))
-    target, log = tmp_path / "recovered", tmp_path / "log" / "loss.jsonl"
-    return RecoverTask(pico, tmp_path / "tokens.npy", target, log, CONFIG, "highest", seed=0)
 
 
 def train(
@@ -45,7 +32,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def test_the_loss_goes_down(task: RecoverTask) -> None:
-    train(replace(task, config=CONFIG.model_copy(update={"steps": 40})))
+    train(replace(task, config=task.config.model_copy(update={"steps": 40})))
     losses = [line["loss"] for line in read_log(task.log_path)]
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
@@ -94,7 +81,7 @@ def test_blocks_leaves_embeddings_and_head_alone(
 
 def test_all_trains_everything(task: RecoverTask, pico: Path) -> None:
     before = load_file(pico / checkpoint.WEIGHTS)
-    after = train(replace(task, config=CONFIG.model_copy(update={"train": "all"})))
+    after = train(replace(task, config=task.config.model_copy(update={"train": "all"})))
     assert not any(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -102,7 +89,7 @@ def test_all_trains_everything(task: RecoverTask, pico: Path) -> None:
 def test_a_resumed_training_ends_in_the_same_weights(
     recipe: str, distill: float, task: RecoverTask, tmp_path: Path
 ) -> None:
-    config = CONFIG.model_copy(update={"train": recipe, "distill": distill})
+    config = task.config.model_copy(update={"train": recipe, "distill": distill})
     task = replace(task, config=config, teacher=Teacher(task.model_dir, "float32"))
     saved: dict[int, Path] = {}
 
@@ -150,7 +137,7 @@ def test_a_loss_that_is_not_finite_is_an_error(task: RecoverTask, pico: Path, tm
 
 def test_a_learning_rate_that_explodes_is_an_error(task: RecoverTask) -> None:
     with pytest.raises(NumericError, match=r"recovery: the loss is (nan|inf)"):
-        train(replace(task, config=CONFIG.model_copy(update={"steps": 60, "learning_rate": 1e30})))
+        train(replace(task, config=task.config.model_copy(update={"steps": 60, "learning_rate": 1e30})))
 
 
 def test_a_log_continued_after_a_torn_line_can_be_read(task: RecoverTask) -> None:
@@ -159,7 +146,7 @@ def test_a_log_continued_after_a_torn_line_can_be_read(task: RecoverTask) -> Non
     lines = [json.dumps({"step": step, "loss": 3.0, "seconds": 1.0}) for step in (1, 2)]
     task.log_path.write_text(f"{lines[0]}\n{lines[1][:-7]}")
     train(task)
-    assert {one["step"] for one in read_log(task.log_path)} >= set(range(2, CONFIG.steps + 1))
+    assert {one["step"] for one in read_log(task.log_path)} >= set(range(2, task.config.steps + 1))
 
 
 def perturbed(source: Path, target: Path) -> Path:
@@ -180,7 +167,7 @@ def test_a_student_comes_to_say_what_its_teacher_says(
     dtype: str, task: RecoverTask, pico: Path, tmp_path: Path
 ) -> None:
     student = perturbed(pico, tmp_path / "student")
-    config = CONFIG.model_copy(update={"steps": 60, "distill": 1.0, "temperature": 2.0})
+    config = task.config.model_copy(update={"steps": 60, "distill": 1.0, "temperature": 2.0})
     train(replace(task, model_dir=student, config=config, teacher=Teacher(pico, dtype)))
     losses = [line["loss"] for line in read_log(task.log_path)]
     assert 0 < np.mean(losses[-5:]) < 0.3 * losses[0]
@@ -193,7 +180,7 @@ def test_without_distillation_the_teacher_is_not_even_looked_for(task: RecoverTa
 
 
 def test_distillation_without_a_teacher_is_an_error(task: RecoverTask) -> None:
-    distilling = replace(task, config=CONFIG.model_copy(update={"distill": 0.5}))
+    distilling = replace(task, config=task.config.model_copy(update={"distill": 0.5}))
     with pytest.raises(ConfigError, match=r"recover\.distill=0\.5 needs the dense model and none was given"):
         train(distilling)
     assert not task.log_path.exists()

@@ -1,0 +1,59 @@
+"""Where a checkpoint is: built in, in a local directory, or on the hub."""
+
+from pathlib import Path
+
+from cria_dist.errors import ConfigError
+from cria_dist.models.builtin import resolve_builtin
+from cria_dist.models.checkpoint import INDEX, WEIGHTS, weight_files
+
+TERMS = ["README.md", "LICENSE*", "NOTICE*"]
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt", *TERMS]
+"""What is downloaded of a model; its terms go on with what is made of it."""
+
+
+def locate(path: str, revision: str | None, weights: bool = True) -> Path:
+    """The local directory of a checkpoint: built in, local, or downloaded from the hub.
+
+    Args:
+        path: ``model.path`` of the configuration.
+        revision: hub revision.
+        weights: whether they are wanted; without, a ``config.json`` is enough.
+
+    Raises:
+        ConfigError: it does not exist or has no safetensors weights.
+    """
+    builtin = resolve_builtin(path)
+    if builtin is not None:
+        return builtin
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        directory = _download(path, revision, FILES if weights else ["config.json"])
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model.path={path!r} has no config.json; give a directory in transformers format")
+    if not weights:
+        return directory.resolve()
+    if not (directory / WEIGHTS).is_file() and not (directory / INDEX).is_file():
+        raise ConfigError(
+            f"model.path={path!r} has no {WEIGHTS}; convert it with model.save_pretrained(..., safe_serialization=True)"
+        )
+    missing = [file for file in weight_files(directory) if not (directory / file).is_file()]
+    if missing:
+        raise ConfigError(
+            f"model.path={path!r} lacks {missing[0]}, which its index names; take a whole copy of the model"
+        )
+    return directory.resolve()
+
+
+def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ConfigError(f"model.path={path!r} is not a directory; give an existing directory or a hub name org/model")
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path={path!r} is neither a directory nor reachable on the hub ({reason}); check the name"
+        ) from error
