@@ -166,8 +166,11 @@ class Evaluation:
         perplexity: exp of the mean negative log likelihood per token of text, or per label of a classifier.
         scored_tokens: tokens, or labelled examples, the perplexity is over.
         weight_bytes: bytes of the weights on storage.
-        prefill_ms: median time of one forward pass over one test sequence, or None if not timed.
+        prefill_ms: median time of one forward pass over one test sequence or example, or None if not timed.
         decode_ms: median time per generated token with a cache at batch 1, or None if not timed.
+        batch_prefill_ms: like ``prefill_ms``, several sequences together (``stages.speed.BATCH``).
+        batch_decode_ms: like ``decode_ms``, a token for each of several sequences.
+        memory_bytes: weights as they compute and the cache of these sequences, or None if not measured.
         accuracy: share of the examples whose label a classifier found; None for a language model.
     """
 
@@ -180,6 +183,9 @@ class Evaluation:
     weight_bytes: int
     prefill_ms: float | None = None
     decode_ms: float | None = None
+    batch_prefill_ms: float | None = None
+    batch_decode_ms: float | None = None
+    memory_bytes: int | None = None
     accuracy: float | None = None
 
 

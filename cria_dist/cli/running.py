@@ -43,8 +43,10 @@ def _run(path: str, overrides: Sequence[str], until: Stage, verb: Verb) -> None:
         return
     from cria_dist.report import tables
 
-    for table in (tables.variants_table(report), tables.comparison_table(report), tables.generations_table(report)):
-        screen.print(table)
+    drawn = (tables.variants_table, tables.speed_table, tables.comparison_table, tables.generations_table)
+    for table in (draw(report) for draw in drawn):
+        if table.row_count:
+            screen.print(table)
     screen.print(f"report: {job.folder / 'report.html'}", soft_wrap=True, highlight=False)
 
 

@@ -2,7 +2,7 @@
 
 from cria_dist.pipeline import weights
 from cria_dist.pipeline.context import Context
-from cria_dist.stages import demonstrate
+from cria_dist.stages import speed
 
 
 def protocol(context: Context) -> tuple[str, ...]:
@@ -25,9 +25,10 @@ def _of_text(context: Context) -> tuple[str, ...]:
         f"Calibration: {data.calibration_sequences} sequences of {data.sequence_length} tokens of "
         f"{data.calibration.source} (part: {data.calibration.part}); the recovery trains on the same text, the dense "
         "model is not fine-tuned on it.",
-        f"Latency: median of {config.evaluate.latency_repeats} visits, variants alternating; one forward pass over a "
-        f"test sequence (prefill), {demonstrate.DECODED_TOKENS} greedy tokens at batch 1 (decode), all CPU threads of "
-        "this machine or its GPU.",
+        f"Latency: median of {config.evaluate.latency_repeats} visits, variants alternating; a forward pass over a "
+        f"test sequence (prefill) and {speed.DECODED_TOKENS} greedy tokens after {speed.PROMPT_TOKENS} in the cache "
+        f"(decode, per token), one sequence alone and {speed.BATCH} together, all CPU threads of this machine or its "
+        f"GPU. Memory: the weights in {config.model.dtype} and the cache of the {speed.BATCH} sequences.",
     )
 
 
@@ -40,8 +41,8 @@ def _of_examples(context: Context) -> tuple[str, ...]:
         f"Calibration: {data.calibration_sequences} {takes} of {data.calibration.source} (part: "
         f"{data.calibration.part}); the recovery trains on the same ones and their labels, the dense model is not "
         "fine-tuned on them.",
-        f"Latency: median of {config.evaluate.latency_repeats} visits, variants alternating; one forward pass over the "
-        f"first {config.evaluate.batch_sequences} test {takes} together, all CPU threads of this machine or its GPU.",
+        f"Latency: median of {config.evaluate.latency_repeats} visits, variants alternating; a forward pass over one "
+        f"of the test {takes} and over the first {speed.BATCH} together, all CPU threads of this machine or its GPU.",
     )
 
 

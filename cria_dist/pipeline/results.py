@@ -171,14 +171,14 @@ def demonstrate_variants(
     job, settings = context.job, context.job.config.evaluate
     if job.test_labels_path is not None and not settings.latency_repeats:
         return list(evaluations), ()  # a classifier writes no texts
-    key = files.digest("demonstrate", [digest for _, digest in variants], settings.model_dump(), *job.test_digests)
+    key = files.digest("speed and texts", [digest for _, digest in variants], settings.model_dump(), *job.test_digests)
     path = job.folder / "evaluations" / f"demonstration-{key[:16]}.json"
     if not path.is_file():
         task = demonstrate.Demonstration(
             job.test_path, job.numerics, settings.prompts, settings.new_tokens, os.cpu_count() or 1
         )
         if job.test_labels_path is not None:
-            task = replace(task, examples=settings.batch_sequences)
+            task = replace(task, writes=False)
         visits = demonstrate.alternating_visits([variant for variant, _ in variants], settings.latency_repeats)
         context.pool.release()  # the timed process must have the machine to itself
         make = functools.partial(demonstrate.Demonstrator, task)

@@ -10,6 +10,14 @@ from cria_dist.report import text
 from cria_dist.report.metrics import metric_of
 
 DEAD_FACTS = frozenset({"dead", "dead_units"})
+SPEED = {
+    "prefill_ms": "prefill (ms)",
+    "decode_ms": "decode (ms)",
+    "batch_prefill_ms": "prefill, batch 8 (ms)",
+    "batch_decode_ms": "decode, batch 8 (ms)",
+    "memory_bytes": "memory, batch 8 (MB)",
+}
+"""Columns of the speed table; the batch is ``stages.speed.BATCH``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +78,7 @@ def contenders(report: Report) -> tuple[Contender, ...]:
 
 
 def variants_grid(report: Report) -> Grid:
-    """Size, quality and speed of each variant."""
+    """Size and quality of each variant."""
     dense, metric = variant(report, "dense"), metric_of(report)
     base = metric.of(dense) if dense else None
 
@@ -82,8 +90,6 @@ def variants_grid(report: Report) -> Grid:
             removed,
             metric.show(metric.of(one)),
             metric.beside(metric.of(one), base),
-            text.milliseconds(one.prefill_ms),
-            text.milliseconds(one.decode_ms),
             text.megabytes(one.weight_bytes),
         )
 
@@ -93,11 +99,28 @@ def variants_grid(report: Report) -> Grid:
         "removed",
         metric.name,
         metric.heading,
-        "prefill (ms)",
-        "decode (ms/token)",
         "weights (MB)",
     )
     return Grid("Variants of the model", header, tuple(row(one) for one in report.variants))
+
+
+def speed_grid(report: Report) -> Grid:
+    """Time and memory of each variant, each beside the dense model's: a smaller model that is not faster shows."""
+    timed = [one for one in report.variants if one.prefill_ms is not None]
+    columns = [name for name in SPEED if any(getattr(one, name) is not None for one in timed)]
+
+    def row(one: Evaluation) -> tuple[str, ...]:
+        return (one.label, *(_beside(getattr(one, name), getattr(timed[0], name), name) for name in columns))
+
+    title = "Speed and memory (x dense)"
+    return Grid(title, ("variant", *(SPEED[name] for name in columns)), tuple(row(one) for one in timed))
+
+
+def _beside(value: float | None, base: float | None, name: str) -> str:
+    if value is None:
+        return text.ABSENT
+    shown = text.megabytes(int(value)) if name == "memory_bytes" else text.milliseconds(value)
+    return f"{shown} ({text.times(value, base)})"
 
 
 def comparison_grid(report: Report) -> Grid:

@@ -33,6 +33,8 @@ COMPARISON_NOTE = (
     "Every row is listed as it came out, the score exactly as the paper gives it too, also where a simpler one does "
     "better."
 )
+FASTER, NOT_FASTER = 0.97, " (not faster)"
+"""A model that takes more than this share of the dense model's time is called what it is."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -82,6 +84,7 @@ def escape(data: str) -> str:
 def _speed(dense: Evaluation, end: Evaluation) -> str:
     parts = [
         f"{what} takes {text.milliseconds(after)} ms{unit} instead of {text.milliseconds(before)}"
+        f"{NOT_FASTER if after > before * FASTER else ''}"
         for what, before, after, unit in (
             ("a forward pass", dense.prefill_ms, end.prefill_ms, ""),
             ("generation", dense.decode_ms, end.decode_ms, " per token"),
@@ -93,6 +96,7 @@ def _speed(dense: Evaluation, end: Evaluation) -> str:
 
 def _results(report: Report) -> Iterator[str]:
     yield from _section("Result", *_table(grids.variants_grid(report)))
+    yield from _section("Speed and memory", *_table(grids.speed_grid(report)))
     if report.comparison:
         note = f'<p class="soft">{escape(COMPARISON_NOTE)}</p>'
         yield from _section("Methods at the same ratio", *_table(grids.comparison_grid(report)), note)

@@ -10,8 +10,13 @@ from cria_dist.report.grids import Grid
 
 
 def variants_table(report: Report) -> Table:
-    """Size, perplexity and speed of the dense, pruned, repaired and recovered model."""
+    """Size and quality of the dense, pruned, repaired and recovered model."""
     return table(grids.variants_grid(report))
+
+
+def speed_table(report: Report) -> Table:
+    """Time and memory of the same, beside the dense model's."""
+    return table(grids.speed_grid(report))
 
 
 def comparison_table(report: Report) -> Table:

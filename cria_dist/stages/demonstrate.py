@@ -1,8 +1,7 @@
 """Demonstrate: how fast the variants of a model run, and what language models write."""
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cria_dist.models import checkpoint
 from cria_dist.records import Generation
+from cria_dist.stages import speed
 from cria_dist.stages.evaluate import Variant
 from cria_dist.stages.examples import model_inputs
-
-DECODED_TOKENS = 16
+from cria_dist.stages.speed import Speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +22,12 @@ class Demonstration:
     """What the latency and the example texts are measured on.
 
     Attributes:
-        tokens_path: test tokens or examples; the first sequence is the prompt of the latency measurement.
+        tokens_path: test tokens or examples; the speed is measured on the first ones.
         numerics: how the models compute.
         prompts: prompts of the example texts.
         new_tokens: tokens per example.
         threads: CPU threads, all of the machine's, because nothing else runs meanwhile.
-        examples: the first so many test examples go through a classifier together; 0 for a language model.
+        writes: whether the models write text; classifiers do not.
     """
 
     tokens_path: Path
@@ -36,15 +35,14 @@ class Demonstration:
     prompts: tuple[str, ...]
     new_tokens: int
     threads: int
-    examples: int = 0
+    writes: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What one variant did: milliseconds (prefill, decode per token; a classifier does not decode) and the texts."""
+    """What one variant did."""
 
-    prefill_ms: float
-    decode_ms: float | None
+    speed: Speed
     texts: tuple[str, ...]
 
 
@@ -66,8 +64,8 @@ class Demonstrator:
 
     def __init__(self, task: Demonstration) -> None:
         self._task = task
-        inputs = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)[: task.examples or 1]
-        self._inputs = model_inputs(inputs)
+        first = np.load(task.tokens_path, mmap_mode="r", allow_pickle=False)[: speed.BATCH]
+        self._inputs = model_inputs(first[np.arange(speed.BATCH) % len(first)])
 
     def __call__(self, visit: Visit) -> Shown:
         """One timed visit of one variant, after a warm-up pass, with all threads of the machine."""
@@ -80,21 +78,9 @@ class Demonstrator:
 
     def _visit(self, visit: Visit) -> Shown:
         model = visit.variant.load(self._task.numerics)
-        if self._task.examples:
-            return self._classify(model)
-        prompt_1T = self._inputs["input_ids"].to(model.device)
-        with torch.inference_mode():
-            model(input_ids=prompt_1T[:, :32])
-            prefill = _seconds(lambda: model(input_ids=prompt_1T))
-            decode = _seconds(lambda: _greedy(model, prompt_1T[:, :32], DECODED_TOKENS))
-        texts = self._texts(model, visit.variant.model_dir) if visit.write_texts else ()
-        return Shown(1e3 * prefill, 1e3 * decode / DECODED_TOKENS, texts)
-
-    def _classify(self, model: PreTrainedModel) -> Shown:
-        inputs = {name: tensor.to(model.device) for name, tensor in self._inputs.items()}
-        with torch.inference_mode():
-            model(**inputs)
-            return Shown(1e3 * _seconds(lambda: model(**inputs)), None, ())
+        measured = speed.measure(model, self._inputs, self._task.writes)
+        texts = self._texts(model, visit.variant.model_dir) if visit.write_texts and self._task.writes else ()
+        return Shown(measured, texts)
 
     def _texts(self, model: PreTrainedModel, directory: Path) -> tuple[str, ...]:
         tokenizer = checkpoint.load_tokenizer(directory)
@@ -118,12 +104,9 @@ def summary(shown: Mapping[Visit, Shown], timed: bool) -> dict[str, dict[str, ob
 
 
 def medians(shown: Sequence[Shown]) -> dict[str, float]:
-    """Median prefill and decode milliseconds over the visits of one variant, as far as there are any."""
-    decodes = [one.decode_ms for one in shown if one.decode_ms is not None]
-    return {
-        "prefill_ms": statistics.median(one.prefill_ms for one in shown),
-        **({"decode_ms": statistics.median(decodes)} if decodes else {}),
-    }
+    """Medians over the visits of one variant, as far as there is anything to measure."""
+    measured = [one.speed.known() for one in shown]
+    return {name: statistics.median_low([one[name] for one in measured]) for name in measured[0]}
 
 
 def generations(texts: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> tuple[Generation, ...]:
@@ -133,15 +116,6 @@ def generations(texts: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> t
         for index, prompt in enumerate(prompts)
         if any(texts.values())
     )
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    """Wall time of an action, until the GPU has finished it too."""
-    started = time.perf_counter()
-    action()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:

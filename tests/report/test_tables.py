@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cria_dist.records import Report, SiteEvidence
-from cria_dist.report import grids, text
-from cria_dist.report.tables import comparison_table, generations_table, variants_table
+from cria_dist.report import grids, html, text
+from cria_dist.report.tables import comparison_table, generations_table, speed_table, variants_table
 
 
 def shown(table: Table) -> str:
@@ -28,12 +28,26 @@ def line(printed: str, start: str) -> str:
 
 def test_variants_table_has_every_number(report: Report) -> None:
     printed = shown(variants_table(report))
-    assert line(printed, "dense") == "dense 134.52 M 0.0 % 21.32 1.00x 134.5 32.0 538.1"
-    assert line(printed, "recovered") == "recovered 118.60 M 11.8 % 26.75 1.25x 118.6 28.2 474.4"
+    assert line(printed, "dense") == "dense 134.52 M 0.0 % 21.32 1.00x 538.1"
+    assert line(printed, "recovered") == "recovered 118.60 M 11.8 % 26.75 1.25x 474.4"
 
 
-def test_untimed_variant_shows_a_dash(bare_report: Report) -> None:
-    assert line(shown(variants_table(bare_report)), "pruned").endswith(" - - 474.4")
+def test_speed_stands_beside_the_dense_models(report: Report, bare_report: Report) -> None:
+    printed = shown(speed_table(report))
+    assert line(printed, "recovered") == "recovered 118.6 (0.88x) 28.2 (0.88x)"
+    assert speed_table(bare_report).row_count == 0
+
+
+def test_a_model_that_is_smaller_but_not_faster_is_called_so(report: Report) -> None:
+    dense, *between, end = report.variants
+    slow = replace(end, prefill_ms=dense.prefill_ms, batch_prefill_ms=9.0, memory_bytes=2_000_000)
+    whole = replace(dense, batch_prefill_ms=18.0, memory_bytes=4_000_000)
+    timed = replace(report, variants=(whole, *between, slow))
+    assert "instead of 134.5 (not faster)" in html.headline(timed)
+    assert html.headline(timed).count("not faster") == 1  # decoding is
+    printed = shown(speed_table(timed))
+    assert line(printed, "recovered") == "recovered 134.5 (1.00x) 28.2 (0.88x) 9.00 (0.50x) 2.0 (0.50x)"
+    assert line(printed, "pruned") == "pruned 118.6 (0.88x) 28.2 (0.88x) - -"
 
 
 def test_comparison_table_puts_this_run_first_and_pairs_repair(report: Report) -> None:
