@@ -19,11 +19,15 @@ class PruneConfig(Section):
     units: tuple[Unit, ...] = ("mlp",)
     """What goes: MLP neurons, ``attention`` heads (KV groups: heads of keys and values with all query heads that read
     them), and whole layers beside them (``layer``, by ``sensitivity``). Several share one budget."""
-    budget: Literal["units", "parameters", "macs", "kv_cache"] = "units"
+    budget: Literal["units", "parameters", "macs", "kv_cache", "latency"] = "units"
     """``units``: share of the neurons of every site, of the layers where whole layers go, or of the weights of every
     MLP map where single weights become zero. ``parameters``: share of all parameters of the dense model. ``macs``:
     share of all multiplications of one sequence (linear maps, head and full T x T attention). ``kv_cache``: share of
-    the keys and values kept of a token."""
+    the keys and values kept of a token. ``latency``: share of the milliseconds that ``latency`` names, as measured
+    where the run computes, at ``data.sequence_length`` and batch 1; the measured times stay in the run folder, and
+    another machine may decide otherwise."""
+    latency: Literal["prefill", "decode"] = "decode"
+    """What ``budget = "latency"`` counts: a forward pass over a sequence, or one further token after it."""
     multiple: Annotated[int, Field(ge=1)] = 8
     """Widths of MLPs are rounded down to a multiple of this (8 suits most kernels, 1 hits the ratio most closely)."""
     rounds: Annotated[int, Field(ge=1, le=64)] = 1
@@ -72,6 +76,15 @@ class PruneConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _time_is_measured(self) -> Self:
+        if self.budget == "latency" and self.allocation != "sensitivity":
+            raise ValueError(
+                f"budget=latency weighs measured times against measured losses, and allocation={self.allocation}; set "
+                "prune.allocation=sensitivity"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _allocation_can_be_made(self) -> Self:
         if self.allocation == "uniform" and self.protect:
             raise ValueError(
@@ -88,4 +101,6 @@ class PruneConfig(Section):
     def content_part(self) -> dict[str, Any]:
         """What a result depends on: how the budget may be spread only where it is not spread evenly."""
         unused = {"allocation", "floor", "protect"} if self.allocation == "uniform" else set[str]()
-        return self.model_dump(mode="json", exclude=unused | ({"units"} if self.units == ("mlp",) else set()))
+        unused |= {"units"} if self.units == ("mlp",) else set()
+        unused |= {"latency"} if self.budget != "latency" else set()
+        return self.model_dump(mode="json", exclude=unused)

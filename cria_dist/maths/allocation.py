@@ -37,7 +37,7 @@ def uniform_widths(
 
 
 def units_ratio_for_parameters(
-    widths: Mapping[str, int], unit_cost: Mapping[str, int], dense: int, ratio: float, measure: str = "parameters"
+    widths: Mapping[str, int], unit_cost: Mapping[str, float], dense: float, ratio: float, measure: str = "parameters"
 ) -> float:
     """The share of units that removes ``ratio`` of all parameters (or MACs) when every site loses the same share.
 

@@ -71,4 +71,4 @@ def sensitivity_widths(curves: Mapping[str, Curve], rooms: Mapping[str, Room], b
 def _menu(curve: Curve | None, one: Room) -> Menu:
     widths = np.asarray(one.widths, dtype=np.float64)
     losses = np.zeros_like(widths) if curve is None else curve.increase_at(widths)
-    return Menu(widths * one.unit_cost, losses)
+    return Menu(one.costs(widths), losses)

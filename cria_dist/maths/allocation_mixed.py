@@ -60,7 +60,7 @@ def _ways(curves: Mapping[str, Curve], rooms: Sequence[Room], named: Sequence[st
     for key, one in zip(named[1:], rooms[1:], strict=True):
         widths = np.asarray(one.widths)
         increase = curves[key].increase_at(widths.astype(np.float64)) if key in curves else np.zeros(widths.size)
-        costs_C = np.add.outer(costs_C, widths * one.unit_cost).ravel()
+        costs_C = np.add.outer(costs_C, one.costs(widths.astype(np.float64))).ravel()
         losses_C = np.add.outer(losses_C, increase).ravel()
         repeated = np.repeat(widths_CK, widths.size, axis=0)
         widths_CK = np.column_stack([repeated, np.tile(widths, len(widths_CK))])

@@ -7,7 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from cria_dist.errors import PlanError
+from cria_dist.records import Float64
+
+SLOPE = 1e-3
+"""Part of a measured cost that is taken as proportional to the width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +24,33 @@ class Room:
         width: units it has.
         smallest: fewest units that stay; equal to ``width`` where the site is protected.
         multiple: new widths are multiples of this (the present width always is allowed).
-        unit_cost: what a unit takes of the budget.
+        unit_cost: what a unit takes of the budget, on average where ``measured`` says more.
+        measured: (width, cost) in ascending order, where the cost is no multiple of the width (milliseconds).
     """
 
     width: int
     smallest: int
     multiple: int
     unit_cost: float
+    measured: tuple[tuple[int, float], ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Every width it may get, ascending."""
         first = math.ceil(self.smallest / self.multiple) * self.multiple
         return (*range(first, self.width, self.multiple), self.width)
+
+    def costs(self, widths: Float64) -> Float64:
+        """What the site takes of the budget at each width; between the measured ones on straight lines."""
+        if not self.measured:
+            return widths * self.unit_cost
+        at, cost = zip(*self.measured, strict=True)
+        slope = SLOPE * self.unit_cost  # no two widths cost the same, or the wider one would be free
+        return np.interp(widths, at, cost) * (1 - SLOPE) + widths * slope
+
+    def cost(self, width: int) -> float:
+        """What the site takes of the budget at a width."""
+        return float(self.costs(np.array([width], dtype=np.float64))[0])
 
 
 def room(width: int, floor: float, multiple: int, unit_cost: float) -> Room:
@@ -51,7 +71,7 @@ def check_floors(rooms: Mapping[str, Room], budget: float, total: float, ratio: 
     Raises:
         PlanError: the floors keep more than the budget allows.
     """
-    least = sum(one.smallest * one.unit_cost for one in rooms.values())
+    least = sum(one.cost(one.smallest) for one in rooms.values())
     if least > budget + 1e-9 * total:
         most = (budget + ratio * total - least) / total
         raise PlanError(
@@ -69,6 +89,8 @@ def even_widths(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
     Raises:
         PlanError: the share would empty a site.
     """
+    if any(one.measured for one in rooms.values()):
+        return _even_by_cost(rooms, budget)
     widths = {key: one.width for key, one in rooms.items()}
     free = {key: one for key, one in rooms.items() if 0 < one.smallest < one.width}
     for step in sorted({one.multiple * one.unit_cost for one in free.values()}, reverse=True):
@@ -83,3 +105,15 @@ def even_widths(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
                         f"the budget leaves no unit at {key}; lower prune.ratio or prune.multiple={one.multiple}"
                     )
     return widths
+
+
+def _even_by_cost(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
+    """The largest share, in thousandths, with which every site that is not protected keeps the budget."""
+    for permille in range(1000, 0, -1):
+        widths = {key: one.width for key, one in rooms.items()}
+        for key, one in rooms.items():
+            if 0 < one.smallest < one.width and permille < 1000:
+                widths[key] = max(1, one.width * permille // 1000 // one.multiple) * one.multiple
+        if sum(rooms[key].cost(width) for key, width in widths.items()) <= budget:
+            return widths
+    raise PlanError(f"no even share keeps the budget of {budget:,.2f}; lower prune.ratio or protect fewer layers")

@@ -12,9 +12,10 @@ import numpy as np
 from cria_dist import files
 from cria_dist.maths.allocation_curves import Curve, measured_widths, sensitivity_widths
 from cria_dist.maths.allocation_mixed import mixed_widths
-from cria_dist.maths.allocation_rooms import Room, even_widths
+from cria_dist.maths.allocation_rooms import Room, check_floors, even_widths
 from cria_dist.maths.allocation_scores import global_widths
 from cria_dist.models import depth
+from cria_dist.pipeline import latency
 from cria_dist.pipeline.context import Context
 from cria_dist.records import Site
 from cria_dist.stages.budget import CURVE_TOKENS, HELD_OUT, budget_of, held_out, rooms_of, sites_of
@@ -50,7 +51,11 @@ def settings(context: Context) -> list[object]:
     if prune.allocation == "uniform":
         return []
     numerics = [job.numerics.dtype, job.numerics.matmul, job.config.evaluate.batch_sequences, HELD_OUT]
-    return [prune.model_dump(mode="json", include={"allocation", "floor", "protect", "ridge"}), numerics]
+    return [
+        prune.model_dump(mode="json", include={"allocation", "floor", "protect", "ridge"}),
+        numerics,
+        *latency.settings(context),
+    ]
 
 
 def spread_widths(context: Context, folder: Path, model: "Model", analysis: str, index: int) -> dict[str, int]:
@@ -94,7 +99,10 @@ def _spread(context: Context, folder: Path, model: "Model", analysis: str, index
     sites = sites_of(job.config, job.family, job.model_config)
     dense = {site.key: width for site, width in sites.items()}
     present = dense if model.plan is None else {key: len(model.plan.kept[key]) for key in dense}
-    budget = budget_of(job.config, job.family, job.model_config, job.dense_parameters)
+    if prune.budget == "latency":
+        budget = latency.budget(context)
+    else:
+        budget = budget_of(job.config, job.family, job.model_config, job.dense_parameters)
     seen, sequences = held_out(job.config)
     batch = job.config.evaluate.batch_sequences
     numerics = [job.numerics.dtype, job.numerics.matmul, batch]
@@ -111,8 +119,9 @@ def _spread(context: Context, folder: Path, model: "Model", analysis: str, index
         ridge=prune.ridge,
         digest=files.digest("losses", analysis, [prune.repair, prune.ridge, seen, *numerics]),
     )
-    rooms = rooms_of(prune, budget, sites, present)
-    return Spread(rooms, budget.left(sites, prune, index), task)
+    rooms, left = rooms_of(prune, budget, sites, present), budget.left(sites, prune, index)
+    check_floors(rooms, left, budget.total, prune.ratio)
+    return Spread(rooms, left, task)
 
 
 def _curves(context: Context, spread: Spread) -> dict[str, Curve]:
@@ -168,7 +177,7 @@ def _tell(
     if ranges:
         context.progress.note(f"allocation: {ranges}; load the checkpoint with cria_dist.load_pruned where they differ")
     rooms, measure = spread.rooms, context.job.config.prune.budget
-    spent = {name: sum(width * rooms[key].unit_cost for key, width in one.items()) for name, one in candidates.items()}
+    spent = {name: sum(rooms[key].cost(width) for key, width in one.items()) for name, one in candidates.items()}
     record = {
         "kept": kept,
         "losses": dict(losses),

@@ -1,7 +1,7 @@
 """The budget of a run in numbers: what a unit costs, what the dense model has, and what may stay."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cria_dist.config import PruneConfig, RunConfig
@@ -31,10 +31,14 @@ class Budget:
     Attributes:
         unit_cost: what leaves with one unit of a site, by site; with a whole layer, what is in none of its units.
         total: what the dense model has of it, also where nothing can be removed.
+        measured: cost by width where it was measured and is no multiple of the width, by site (milliseconds).
     """
 
-    unit_cost: Mapping[Site, int]
-    total: int
+    unit_cost: Mapping[Site, float]
+    total: float
+    measured: Mapping[Site, tuple[tuple[int, float], ...]] = field(
+        default_factory=dict[Site, tuple[tuple[int, float], ...]]
+    )
 
     def left(self, widths: Mapping[Site, int], prune: PruneConfig, round_index: int) -> float:
         """What may stay at the sites of a dense model after a round; every round takes the same part."""
@@ -43,7 +47,7 @@ class Budget:
 
 
 def budget_of(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any], parameters: int) -> Budget:
-    """The budget in the measure of ``prune.budget``; ``parameters`` are the dense model's."""
+    """The budget in the measure of ``prune.budget``; ``parameters`` are the dense model's, and stand in for time."""
     widths, measure = sites_of(config, family, model_config), config.prune.budget
     units = {site: width for site, width in widths.items() if site.part != depth.PART}
     if measure == "units":
@@ -53,14 +57,14 @@ def budget_of(config: RunConfig, family: MlpFamily, model_config: Mapping[str, A
         return Budget(dict.fromkeys(units, size), size * sum(units.values()))
     length = family.positions(model_config, config.data.sequence_length)
     whole: Mapping[int, int] = {}
-    if measure == "parameters":
+    if measure in ("parameters", "latency"):
         cost, total = {site: family.unit_cost(site, model_config) for site in units}, parameters
     else:
         cost = {site: family.unit_macs(site, model_config, length) for site in units}
         total = macs_per_position(model_config, family, length)
     if len(units) < len(widths):
         sizes = sizes_of(model_config, family).layers
-        whole = dict(enumerate(sizes if measure == "parameters" else macs_of_layers(model_config, family, length)))
+        whole = dict(enumerate(sizes if measure != "macs" else macs_of_layers(model_config, family, length)))
     inside = {layer: sum(cost[site] * units[site] for site in units if site.layer == layer) for layer in whole}
     return Budget(cost | {Site(layer, depth.PART): whole[layer] - inside[layer] for layer in whole}, total)
 
@@ -129,7 +133,7 @@ def rooms_of(
         here, multiple, cost = present[site.key], multiple_of(prune, site), budget.unit_cost[site]
         smallest = 0 if site.part == depth.PART else room(width, prune.floor, multiple, cost).smallest
         smallest = here if site.layer in protected else min(smallest, here)
-        rooms[site.key] = Room(here, smallest, multiple, cost)
+        rooms[site.key] = Room(here, smallest, multiple, cost, budget.measured.get(site, ()))
     return rooms
 
 
@@ -163,9 +167,10 @@ def fewest_units(
             f"prune.protect={list(prune.protect)}, prune.floor={prune.floor:g} and prune.multiple={prune.multiple} "
             "leave nothing to prune; protect fewer layers or lower the others"
         )
-    left = budget.left(dense, prune, prune.rounds - 1)
-    check_floors(rooms, left, budget.total, prune.ratio)
-    even_widths(rooms, left)  # what the result is compared with must be possible too
+    if prune.budget != "latency":  # times are measured when scores are there
+        left = budget.left(dense, prune, prune.rounds - 1)
+        check_floors(rooms, left, budget.total, prune.ratio)
+        even_widths(rooms, left)  # what the result is compared with must be possible too
     return {key: one.smallest for key, one in rooms.items() if Site.from_key(key).part != depth.PART}
 
 

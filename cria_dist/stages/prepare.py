@@ -109,10 +109,11 @@ class Job:
         return self.config.prune.repair if self.config.method.unit == "mlp" else "none"
 
     def added_parameters(self, kept: Mapping[str, tuple[int, ...]]) -> int:
-        """Parameters the repair adds to the model: biases where it has none."""
+        """Parameters left beyond what the units' costs say: biases of the repair, and what two sites share."""
+        shared = self.family.removed_twice(self.model_config, kept)
         if self.config.prune.repair != "bias":
-            return 0
-        return sum(self.family.output_bias_cost(self.model_config, len(units)) for units in kept.values())
+            return shared
+        return shared + sum(self.family.output_bias_cost(self.model_config, len(units)) for units in kept.values())
 
     @property
     def unit_parameters(self) -> dict[str, int]:
@@ -120,7 +121,7 @@ class Job:
         prune = self.config.prune.model_copy(update={"budget": "parameters"})
         measured = self.config.model_copy(update={"prune": prune})
         costs = budget_of(measured, self.family, self.model_config, self.dense_parameters).unit_cost
-        return {site.key: cost for site, cost in costs.items()}
+        return {site.key: int(cost) for site, cost in costs.items()}
 
     @property
     def other_parts(self) -> list[object]:
@@ -162,7 +163,7 @@ def prepare(config: RunConfig, until: Stage = "evaluate") -> Job:
         checks.check_methods(config, widths, kept)
     check_layer_methods(config, family, model_config, dense_parameters)
     check_weight_methods(config, family, model_config, dense_parameters)
-    check_recovery(config)
+    check_recovery(config, family, model_config)
     checks.check_sampling(config, family.positions(model_config, config.data.sequence_length))
     places.check(config.record.storage)
     checks.check_disk(config, model_config, family, folder, dense_parameters)

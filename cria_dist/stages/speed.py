@@ -60,21 +60,16 @@ def measure(model: PreTrainedModel, inputs: dict[str, torch.Tensor], decodes: bo
         speed = Speed(prefill_ms, batch_prefill_ms, _weights(model) + cache_bytes)
         if not decodes:
             return speed
-        alone, together = (_decode(model, tokens["input_ids"][:, :PROMPT_TOKENS]) for tokens in (one, many))
+        alone, together = (decode_ms(model, tokens["input_ids"][:, :PROMPT_TOKENS]) for tokens in (one, many))
     return Speed(prefill_ms, batch_prefill_ms, speed.memory_bytes, alone, together)
 
 
-def _forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
-    """Milliseconds of a pass after a short one, and the bytes of the cache it leaves."""
-    model(**{name: tensor[:, :PROMPT_TOKENS] if tensor.ndim == 2 else tensor for name, tensor in inputs.items()})
-    outputs: list[Any] = []
-    milliseconds = _milliseconds(lambda: outputs.append(model(**inputs)))
-    cache = getattr(outputs[0], "past_key_values", None)
-    layers = [] if cache is None else cache.layers
-    return milliseconds, sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
+def forward_ms(model: PreTrainedModel, tokens_BT: torch.Tensor) -> float:
+    """Milliseconds of a forward pass."""
+    return _forward(model, {"input_ids": tokens_BT})[0]
 
 
-def _decode(model: PreTrainedModel, prompt_BT: torch.Tensor) -> float:
+def decode_ms(model: PreTrainedModel, prompt_BT: torch.Tensor) -> float:
     """Milliseconds per step of greedy decoding; what the prompt costs is left out."""
     started = model(input_ids=prompt_BT, use_cache=True)
     first_B1 = started.logits[:, -1:].argmax(dim=-1)
@@ -86,6 +81,16 @@ def _decode(model: PreTrainedModel, prompt_BT: torch.Tensor) -> float:
             tokens_B1 = found.logits[:, -1:].argmax(dim=-1)
 
     return _milliseconds(steps) / DECODED_TOKENS
+
+
+def _forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """Milliseconds of a pass after a short one, and the bytes of the cache it leaves."""
+    model(**{name: tensor[:, :PROMPT_TOKENS] if tensor.ndim == 2 else tensor for name, tensor in inputs.items()})
+    outputs: list[Any] = []
+    milliseconds = _milliseconds(lambda: outputs.append(model(**inputs)))
+    cache = getattr(outputs[0], "past_key_values", None)
+    layers = [] if cache is None else cache.layers
+    return milliseconds, sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
 
 
 def _milliseconds(action: Callable[[], object]) -> float:

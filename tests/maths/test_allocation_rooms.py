@@ -1,5 +1,6 @@
 """Floors, multiples and the even share."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,3 +57,24 @@ def test_a_budget_below_the_floors_names_what_can_be_reached() -> None:
         PlanError, match=r"prune\.ratio=0\.4 cannot be reached: .* at most 0\.375 go; lower prune\.ratio"
     ):
         check_floors(rooms, 240.0, 400.0, 0.4)
+
+
+def test_a_measured_cost_lies_on_lines_and_never_stands_still() -> None:
+    step = Room(64, 8, 8, 10 / 64, ((8, 0.0), (32, 4.0), (48, 4.0), (64, 10.0)))
+    assert step.cost(64) == pytest.approx(10)
+    assert step.cost(20) == pytest.approx(2, abs=0.02)
+    costs = step.costs(np.arange(8.0, 65.0, 8.0))
+    assert (np.diff(costs) > 0).all()
+    assert costs[5] - costs[3] < 0.05  # 32 to 48: the plateau
+
+
+def test_even_widths_keep_a_budget_of_measured_costs() -> None:
+    rooms = {
+        "a": Room(64, 8, 8, 10 / 64, ((8, 0.0), (32, 4.0), (48, 4.0), (64, 10.0))),
+        "b": Room(64, 64, 8, 10 / 64, ((8, 0.0), (64, 10.0))),
+        "c": Room(1, 0, 1, 2.0),
+    }
+    assert even_widths(rooms, 22.0) == {"a": 64, "b": 64, "c": 1}
+    assert even_widths(rooms, 16.5) == {"a": 48, "b": 64, "c": 1}
+    with pytest.raises(PlanError, match="no even share"):
+        even_widths(rooms, 11.0)

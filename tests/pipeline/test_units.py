@@ -178,6 +178,7 @@ REFUSED = [
     ({"units": ["mlp", "layer"], "budget": "macs"}, "set prune.allocation=sensitivity"),
     ({"units": ["mlp", "attention"]}, "set prune.budget=parameters or macs"),
     ({"budget": "kv_cache"}, "budget=kv_cache is spent on attention"),
+    ({"budget": "latency", "allocation": "global"}, "budget=latency weighs measured times against measured losses"),
     ({"units": ["attention"], "repair": "bias"}, "set prune.repair=least_squares"),
     ({"units": ["attention"], "ratio": 0.8}, "leaves 0 of 4 units"),
     ({"units": ["attention"], "ratio": 0.5, "budget": "parameters"}, "more than the prunable units hold"),

@@ -1,0 +1,89 @@
+"""Runs whose budget is time, with a clock that knows what every unit takes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from cria_dist.config import RunConfig
+from cria_dist.errors import PlanError
+from cria_dist.pipeline import Context, prune
+from cria_dist.records import PruningPlan, Site
+from cria_dist.stages.layer_times import LayerTimer
+
+RunConfigMaker = Callable[..., RunConfig]
+MakeContext = Callable[..., Context]
+TAKES = {"block": 2.0, "attention": 3.0, "mlp": 0.25}
+OUTSIDE = 5.0
+
+
+def clock(model: PreTrainedModel) -> float:
+    heads = model.config.head_dim
+    return OUTSIDE + sum(
+        TAKES["block"]
+        + TAKES["attention"] * layer.self_attn.k_proj.out_features / heads
+        + TAKES["mlp"] * layer.mlp.up_proj.out_features
+        for layer in model.model.layers
+    )
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    counted: list[int] = []
+
+    def ratio(self: LayerTimer, whole: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
+        counted.append(1)
+        return clock(whole), clock(other)
+
+    monkeypatch.setattr(LayerTimer, "_ratio", ratio)
+    return counted
+
+
+def plan_of(
+    make_context: MakeContext, run_config: RunConfigMaker, folder: Path, model: Path, ratio: float
+) -> PruningPlan:
+    settings = {"units": ["mlp", "attention", "layer"], "allocation": "sensitivity", "budget": "latency"}
+    changes = {
+        "record": {"shard_sequences": 2},
+        "model": {"path": str(model)},
+        "method": {"name": "wanda"},
+        "compare": [],
+    }
+    config = run_config(folder, **changes, prune={**settings, "ratio": ratio, "multiple": 4})
+    context = make_context(config, until="apply")
+    prune(context, until="apply")
+    return PruningPlan.from_json((context.job.folder / "round-00" / "plan.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def heads(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("heads") / "model"
+    return make_model(folder, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+
+
+def test_the_plan_takes_the_share_of_the_time_that_was_asked_for(
+    measured: list[int], heads: Path, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
+) -> None:
+    dense = OUTSIDE + 3 * (TAKES["block"] + 2 * TAKES["attention"] + 48 * TAKES["mlp"])
+    for ratio in (0.2, 0.4):
+        plan = plan_of(make_context, run_config, tmp_path, heads, ratio)
+        left = OUTSIDE + sum(len(kept) * TAKES[Site.from_key(key).part] for key, kept in plan.kept.items())
+        assert left <= (1 - ratio) * dense * 1.001
+        assert left > (1 - ratio) * dense - TAKES["attention"]  # no more went than the coarsest step
+    first = len(measured)
+    assert first > 0
+    assert len(list(tmp_path.rglob("latency-*.json"))) == 2  # the second run took the table over
+    plan_of(make_context, run_config, tmp_path, heads, 0.2)
+    assert len(measured) == first
+    facts = json.loads(next(tmp_path.rglob("allocation.json")).read_text())
+    assert facts["budget"]["measure"] == "latency"
+
+
+def test_a_share_of_the_time_that_the_layers_do_not_take_is_refused(
+    measured: list[int], heads: Path, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match="cannot be reached"):
+        plan_of(make_context, run_config, tmp_path, heads, 0.97)
+    assert measured
