@@ -183,7 +183,7 @@ def demonstrate_variants(
         context.pool.release()  # the timed process must have the machine to itself
         make = functools.partial(demonstrate.Demonstrator, task)
         shown = context.map(("latency and texts", "visits"), make, visits, workers=1)
-        files.write_json(path, demonstrate.summary(shown, timed=settings.latency_repeats > 0))
+        files.write_json(path, demonstrate.summary(shown))
     summary = files.read_json(path)
     timed = [replace(evaluation, **summary["times"].get(evaluation.label, {})) for evaluation in evaluations]
     texts = {evaluation.label: summary["texts"][evaluation.label] for evaluation in evaluations}

@@ -42,17 +42,18 @@ class Demonstration:
 class Shown:
     """What one variant did."""
 
-    speed: Speed
+    speed: Speed | None
     texts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """One repeat of one variant."""
+    """One repeat of one variant: what is timed, what writes texts, or both."""
 
     variant: Variant
     repeat: int
     write_texts: bool
+    timed: bool = True
 
     def __str__(self) -> str:
         """Name of the work item."""
@@ -78,7 +79,7 @@ class Demonstrator:
 
     def _visit(self, visit: Visit) -> Shown:
         model = visit.variant.load(self._task.numerics)
-        measured = speed.measure(model, self._inputs, self._task.writes)
+        measured = speed.measure(model, self._inputs, self._task.writes) if visit.timed else None
         texts = self._texts(model, visit.variant.model_dir) if visit.write_texts and self._task.writes else ()
         return Shown(measured, texts)
 
@@ -89,24 +90,26 @@ class Demonstrator:
 
 def alternating_visits(variants: Sequence[Variant], repeats: int) -> list[Visit]:
     """Dense, pruned, repaired, dense, pruned, ...: machine drift hits all alike. Texts are written once."""
-    return [Visit(variant, repeat, repeat == 0) for repeat in range(max(repeats, 1)) for variant in variants]
+    turns = range(max(repeats, 1))
+    return [Visit(variant, repeat, repeat == 0, repeats > 0) for repeat in turns for variant in variants]
 
 
-def summary(shown: Mapping[Visit, Shown], timed: bool) -> dict[str, dict[str, object]]:
-    """Medians (if asked for) and texts per variant label, as plain data."""
+def summary(shown: Mapping[Visit, Shown]) -> dict[str, dict[str, object]]:
+    """Medians and texts per variant label, as plain data."""
     visits: dict[str, list[Shown]] = {}
     for visit, one in shown.items():
         visits.setdefault(visit.variant.label, []).append(one)
     return {
-        "times": {label: medians(mine) for label, mine in visits.items()} if timed else {},
+        "times": {label: medians(mine) for label, mine in visits.items()},
         "texts": {label: next((one.texts for one in mine if one.texts), ()) for label, mine in visits.items()},
     }
 
 
 def medians(shown: Sequence[Shown]) -> dict[str, float]:
     """Medians over the visits of one variant, as far as there is anything to measure."""
-    measured = [one.speed.known() for one in shown]
-    return {name: statistics.median_low([one[name] for one in measured]) for name in measured[0]}
+    measured = [one.speed.known() for one in shown if one.speed is not None]
+    names = measured[0] if measured else ()
+    return {name: statistics.median_low([one[name] for one in measured]) for name in names}
 
 
 def generations(texts: Mapping[str, Sequence[str]], prompts: Sequence[str]) -> tuple[Generation, ...]:

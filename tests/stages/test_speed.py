@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from cria_dist.models import checkpoint
 from cria_dist.stages import speed
-from cria_dist.stages.demonstrate import Demonstration, Demonstrator, Visit, medians
+from cria_dist.stages.demonstrate import Demonstration, Demonstrator, Visit, alternating_visits, medians, summary
 from cria_dist.stages.evaluate import Variant
 
 FLOAT32 = checkpoint.Numerics("float32", "highest")
@@ -55,3 +55,13 @@ def test_few_test_sequences_are_repeated_to_a_batch(pico: Path, tmp_path: Path) 
     assert len(shown.texts) == 1
     faster = replace(shown, speed=replace(shown.speed, prefill_ms=0.0))
     assert medians([shown, faster, shown])["prefill_ms"] == shown.speed.prefill_ms
+
+
+def test_nothing_is_timed_where_latency_is_switched_off(pico: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.ones((3, 16), dtype=np.int32))
+    visits = alternating_visits([Variant("dense", pico), Variant("pruned", pico)], 0)
+    assert len(visits) == 2
+    demonstrator = Demonstrator(Demonstration(tmp_path / "tokens.npy", FLOAT32, ("a",), 2, threads=1))
+    found = summary({visit: demonstrator(visit) for visit in visits})
+    assert found["times"] == {"dense": {}, "pruned": {}}
+    assert len(found["texts"]["pruned"]) == 1
