@@ -92,7 +92,7 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
         (
             "prune.ration=0.3",
             r"unknown key 'prune\.ration'; known keys here: "
-            "allocation, budget, floor, multiple, protect, ratio, repair, ridge, rounds",
+            "allocation, budget, floor, latency, multiple, protect, ratio, repair, ridge, rounds, units",
         ),
         ("sead=1", r"unknown key 'sead'; known keys here: compare, data, evaluate, method, .*, seed"),
         (

@@ -8,7 +8,7 @@ from cria_dist.config.section import Section
 
 Repair = Literal["none", "bias", "least_squares"]
 Allocation = Literal["uniform", "global", "sensitivity"]
-Unit = Literal["mlp", "attention", "layer"]
+Unit = Literal["mlp", "attention", "layer", "residual", "experts"]
 
 
 class PruneConfig(Section):
@@ -18,7 +18,9 @@ class PruneConfig(Section):
     """Share to remove; see ``budget`` for the share of what."""
     units: tuple[Unit, ...] = ("mlp",)
     """What goes: MLP neurons, ``attention`` heads (KV groups: heads of keys and values with all query heads that read
-    them), and whole layers beside them (``layer``, by ``sensitivity``). Several share one budget."""
+    them), ``experts`` of a mixture (of every layer the same number), and whole layers beside them (``layer``, by
+    ``sensitivity``). Several share one budget. ``residual``, alone: dimensions of the residual stream, the same ones of
+    every layer."""
     budget: Literal["units", "parameters", "macs", "kv_cache", "latency"] = "units"
     """``units``: share of the neurons of every site, of the layers where whole layers go, or of the weights of every
     MLP map where single weights become zero. ``parameters``: share of all parameters of the dense model. ``macs``:
@@ -50,12 +52,20 @@ class PruneConfig(Section):
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts of a layer whose units are scored."""
+        if self.units == ("residual",):
+            return ("residual_attention", "residual_mlp")
         return tuple(sorted(unit for unit in self.units if unit != "layer"))
 
     @model_validator(mode="after")
     def _units_share_a_budget(self) -> Self:
-        if not self.parts or len(set(self.units)) < len(self.units):
-            raise ValueError(f"units={list(self.units)} must name mlp, attention or both, each once")
+        if not self.parts or len(set(self.units)) < len(self.units) or ("residual" in self.units[1:]):
+            raise ValueError(f"units={list(self.units)} must name mlp, attention or both, each once, or residual alone")
+        if "residual" in self.units and (len(self.units) > 1 or self.allocation != "uniform" or self.repair == "bias"):
+            raise ValueError(
+                f"units={list(self.units)} with allocation={self.allocation} and repair={self.repair}: residual stands "
+                "alone, is the same in every layer and knows no biases; set prune.units=['residual'], "
+                "prune.allocation=uniform and prune.repair=least_squares"
+            )
         if "layer" in self.units and self.allocation != "sensitivity":
             raise ValueError(
                 f"units={list(self.units)} weighs whole layers against units by measured losses, and "

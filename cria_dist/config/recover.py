@@ -6,7 +6,7 @@ from pydantic import Field
 
 from cria_dist.config.section import Section
 
-OFF = ("lora_rank", "checkpoint_activations", "patience")
+OFF = ("lora_rank", "checkpoint_activations", "patience", "distill_hidden", "distill_layers")
 """Options of a recovery that are off unless asked for."""
 
 
@@ -17,6 +17,10 @@ class RecoverConfig(Section):
     """Optimiser steps; 0 switches recovery off."""
     workers: Annotated[int, Field(ge=1)] = 2
     """Data-parallel workers, of the methods that learn gates too."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """``ddp``: every worker holds the whole model. ``fsdp2``: they share out weights, gradients, moments and the dense
+    model they learn from, for models larger than one of them; language models only. An interrupted ``fsdp2`` recovery
+    goes on with any number of workers, which leaves rounding only and is no part of what a run is named by."""
     batch_sequences: Annotated[int, Field(ge=1)] = 8
     """Sequences per optimiser step, over all workers; must be a multiple of ``workers``."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
@@ -42,11 +46,25 @@ class RecoverConfig(Section):
     distill: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
     """Weight of learning from the dense model: the loss is (1 - distill) * cross entropy + distill * temperature^2 *
     KL(dense || pruned). Every worker then holds the dense model too, in ``model.dtype``: 4 bytes a parameter, 2 in
-    half precision; at 0 it is not loaded."""
+    half precision; at 0 it is not loaded, unless ``distill_hidden`` wants it."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     """Both models' logits are divided by this before they are compared."""
+    distill_hidden: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of the hidden states' distance from the dense model's, which is added to the loss: squared, relative to
+    the dense one's norm, a mean over tokens and layers. Language models only."""
+    distill_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers of the dense model behind which hidden states are compared; all that are left if none is named."""
 
     def content_part(self) -> dict[str, Any]:
         """What a result depends on: how the dense model teaches only where it does, and no option that is off."""
-        off = {name for name in OFF if not getattr(self, name)} | ({"dtype"} if self.dtype == "float32" else set[str]())
-        return self.model_dump(mode="json", exclude=off | (set[str]() if self.distill else {"distill", "temperature"}))
+        off = {name for name in OFF if not getattr(self, name)}
+        off |= {"dtype"} if self.dtype == "float32" else set[str]()
+        off |= set[str]() if self.distill else {"distill", "temperature"}
+        off |= set[str]() if self.distill_hidden else {"distill_layers"}
+        off |= {"strategy"} if self.strategy == "ddp" else {"workers"}
+        return self.model_dump(mode="json", exclude=off)
+
+    @property
+    def distills(self) -> bool:
+        """Whether the dense model teaches."""
+        return self.distill > 0 or self.distill_hidden > 0

@@ -40,6 +40,9 @@ class RunSettings(Section):
     """Run folder; default ``<root>/<name>-<hash8>``."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Worker processes for record, analyse and evaluate; 0 means one per CPU (or per GPU)."""
+    gpus_per_worker: Annotated[float, Field(ge=0, le=1)] | None = None
+    """GPUs of a worker; default one if the cluster has any when the run starts. A cluster that grows on demand may have
+    none by then: with 1 here, and ``workers``, the run asks for them and waits."""
     pool: Literal["ray", "local"] = "ray"
     """``local`` runs everything in this process (tests, debugging)."""
     address: str | None = None

@@ -47,6 +47,27 @@ def least_squares(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64
     return weight_DN[:, kept_S] + correction_SD.T
 
 
+def norm_scale(gain_N: Float64, moments: Moments, kept_S: NDArray[np.int64]) -> float:
+    """What the gains of an RMSNorm are multiplied by when dimensions leave, so that the others keep their size.
+
+    The norm divides by the root mean square over the dimensions that are there. With the share ``p`` of the energy in
+    S of N dimensions, it becomes ``sqrt(p N / S)`` times what it was.
+
+    Args:
+        gain_N: gains of the norm.
+        moments: moments of what leaves it, over the calibration tokens.
+        kept_S: dimensions that stay.
+
+    Raises:
+        NumericError: the moments are not finite, or nothing of the energy stays.
+    """
+    energy_N = np.diagonal(moments.gram_NN) / np.where(gain_N == 0, np.inf, np.square(gain_N))
+    share = float(energy_N[kept_S].sum() / energy_N.sum())
+    if not 0 < share <= 1:
+        raise NumericError(f"{share:g} of the energy is in the dimensions that stay; look at the recorded activations")
+    return float(np.sqrt(share * gain_N.size / kept_S.size))
+
+
 def mean_bias(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64]) -> Float64:
     """Bias that replaces the removed units by their mean activation, float64 [D]."""
     removed_R = np.setdiff1d(np.arange(weight_DN.shape[1]), kept_S)

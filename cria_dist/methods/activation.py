@@ -17,10 +17,14 @@ class Activation(MethodBase):
     ``sqrt(sum_s (mean_t |a_jst|)^2)``. Times sqrt(T) that is at most the norm here, and equal to it for a neuron
     equally strong at every token of a sequence; a neuron that fires rarely and strongly ranks higher here.
 
-    In a gated MLP the signal is ``act(gate) * up``, the input of the output projection.
+    In a gated MLP the signal is ``act(gate) * up``, the input of the output projection. Of an expert it is the norm of
+    its output times its router weight, 0 for a token that went elsewhere, and the score is the mean over all tokens
+    (REAP, https://arxiv.org/abs/2510.13999, takes that over the expert's own tokens).
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.14679"
+    scores_experts: ClassVar[bool] = True
+    scores_residual: ClassVar[bool] = True
 
     name: Literal["activation"] = "activation"
 
@@ -42,4 +46,6 @@ class Activation(MethodBase):
         """
         if statistics.moments is None:
             raise NumericError("activation needs the moments of the site; run the record stage with this method")
+        if statistics.routed:
+            return Verdict(statistics.moments.mean_N)
         return Verdict(statistics.norm_per_unit(np.sqrt(np.diagonal(statistics.moments.gram_NN))))

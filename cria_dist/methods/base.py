@@ -31,6 +31,8 @@ class SiteStatistics:
         taylor_N: sum over a unit's coupled weights of ``|w * dL/dw|``, mean over shards of calibration sequences.
         gate_N: what a unit's gate learned, before it is made a factor.
         seed: seed for methods that draw numbers; differs per site.
+        routed: units are experts; a signal is an expert's router weight times the norm of its output, 0 for tokens that
+            went elsewhere.
     """
 
     width: int
@@ -44,6 +46,7 @@ class SiteStatistics:
     gate_N: Float64 | None = None
     seed: int = 0
     span: int = 1
+    routed: bool = False
 
     def sum_per_unit(self, values_N: Float64) -> Float64:
         """Sum of what is given per signal over the signals of each unit."""
@@ -84,6 +87,10 @@ class MethodBase(BaseModel):
 
     paper: ClassVar[str]
     unit: ClassVar[str] = "mlp"
+    scores_experts: ClassVar[bool] = False
+    """Whether the method can score experts, of which there are no signals before an activation and no output map."""
+    scores_residual: ClassVar[bool] = False
+    """Whether the method can score dimensions of the residual stream by what is read there."""
 
     @property
     def title(self) -> str:

@@ -1,6 +1,7 @@
 """The seam for methods that learn: a gate per unit is trained for a short while, and what it learned is the score.
 
-The gate multiplies the post-activation signal, which is the input of the output projection. In front of the activation
+The gate multiplies the post-activation signal, which is the input of the output projection (but see
+:attr:`GateMethod.scales_norms`). In front of the activation
 its effect would depend on the activation's shape (SiLU and GELU are not homogeneous), in front of a norm the norm would
 take it out again; behind the activation a gate of 0 removes exactly this unit, and its column carries any factor.
 """
@@ -57,6 +58,19 @@ class GateMethod(MethodBase):
     @abstractmethod
     def start(self) -> float:
         """What every unit starts to learn from; there the gate is 1 and the model computes what it did."""
+
+    @property
+    def scales_norms(self) -> bool:
+        """Whether the gates are in the place of batch norm's scales, in front of the activation."""
+        return False
+
+    def starts(self, share_N: Float64) -> Float64:
+        """What every unit starts to learn from, [N].
+
+        Args:
+            share_N: shares of the largest scale of batch norm, where the gates are in its place; else 1.
+        """
+        return np.full(len(share_N), self.start)
 
     @abstractmethod
     def gate(self, learned_N: Array) -> Array:

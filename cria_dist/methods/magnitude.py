@@ -10,6 +10,7 @@ class Magnitude(MethodBase):
     """``|W_in[j]| * |W_out[:, j]|`` over all incoming maps (gate and up together); no data is looked at."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2301.12900"
+    scores_experts: ClassVar[bool] = True
 
     name: Literal["magnitude"] = "magnitude"
 

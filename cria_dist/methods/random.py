@@ -11,6 +11,8 @@ class Random(MethodBase):
     """A uniform random number per unit, from the run's seed and the site."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1810.05270"
+    scores_experts: ClassVar[bool] = True
+    scores_residual: ClassVar[bool] = True
 
     name: Literal["random"] = "random"
 

@@ -21,6 +21,7 @@ class Taylor(MethodBase):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2305.11627"
+    scores_experts: ClassVar[bool] = True
 
     name: Literal["taylor"] = "taylor"
     sequences: Annotated[int, Field(ge=1)] = 16

@@ -68,14 +68,21 @@ def with_groups(config: Mapping[str, Any], groups: list[int]) -> dict[str, Any]:
     """The config of a model with these KV groups per layer, in the form the stock class takes where there is one.
 
     Llama's and Gemma's config refuse counts of heads that do not divide the hidden size. Llama's attention without
-    biases is Mistral's, whose config takes them; what cannot be said that way is written per layer.
+    biases is Mistral's, whose config takes them; what cannot be said that way is written per layer. BERT's and GPT-2's
+    kin have no word for the width of a head: heads that left are always written per layer.
     """
     shape = attention_shape(config)
-    plain = {key: value for key, value in config.items() if key != LAYER_KV_HEADS} | {"head_dim": shape.head_dim}
+    plain = {key: value for key, value in config.items() if key != LAYER_KV_HEADS}
+    if config["model_type"] in WHOLE:
+        return plain if set(groups) == {int(config["num_attention_heads"])} else {**plain, LAYER_KV_HEADS: groups}
+    plain["head_dim"] = shape.head_dim
     if len(set(groups)) > 1:
         return {**plain, LAYER_KV_HEADS: groups}
     heads = groups[0] * shape.queries
-    uniform = {**plain, "num_attention_heads": heads, "num_key_value_heads": groups[0]}
+    uniform = {**plain, "num_attention_heads": heads}
+    if config["model_type"] == "vit":  # which knows no groups
+        return uniform
+    uniform["num_key_value_heads"] = groups[0]
     if shape.hidden % heads == 0 or config["model_type"] not in REFUSING:
         return uniform
     if config["model_type"] == "llama" and not config.get("attention_bias") and not config.get("mlp_bias"):
@@ -87,3 +94,5 @@ def with_groups(config: Mapping[str, Any], groups: list[int]) -> dict[str, Any]:
 
 REFUSING = ("gemma2", "gemma3_text", "llama")
 """Families whose config is refused when the heads do not divide the hidden size (transformers 5.17 to 5.23)."""
+WHOLE = ("bert", "distilbert", "gpt2", "roberta")
+"""Families whose heads share the hidden size between them, however many there are."""

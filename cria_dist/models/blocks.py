@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
+from cria_dist.models.experts import assembled
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.models.widths import resize_layers
@@ -68,7 +69,7 @@ class BlockModel:
         self.block = block
         self._family = family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._whole = _skeleton(directory, numerics)
+        self._whole = skeleton(directory, numerics)
         self._decoder = cast("PreTrainedModel", getattr(self._whole, self._whole.base_model_prefix))
         layers = cast(torch.nn.ModuleList, self._whole.get_submodule(family.layers))
         self._set_apart(layers)
@@ -127,7 +128,9 @@ class BlockModel:
             with checkpoint.open_tensors(directory) as tensors:
                 for name in names:
                     # a copy: what safetensors hands out keeps the whole file mapped
-                    values = tensors.read(self._family.on_disk(name)).to(self.device, dtype, copy=True)
+                    pieces = self._family.pieces(name, parameters[name].shape)
+                    values = assembled(pieces, tensors.read) if pieces else tensors.read(self._family.on_disk(name))
+                    values = values.to(self.device, dtype, copy=True)
                     if values.shape != parameters[name].shape:
                         raise DataError(
                             f"checkpoint {directory}: {name} has shape {tuple(values.shape)}, config.json says "
@@ -172,10 +175,12 @@ class StandIn(torch.nn.Module):
         return getattr(self.__dict__["_layer"], name)
 
     def forward(
-        self, hidden_states: torch.Tensor | None = None, *_args: object, **kwargs: torch.Tensor
+        self, hidden_states: torch.Tensor | None = None, *args: torch.Tensor, **kwargs: torch.Tensor
     ) -> torch.Tensor:
-        """The identity; encoders call their embedding by keywords."""
-        return kwargs["inputs_embeds"] if hidden_states is None else hidden_states
+        """The identity; encoders call their embedding by keywords, or with no token ids before the hidden states."""
+        if hidden_states is None:
+            return kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
+        return hidden_states
 
 
 def _give_back_freed_memory() -> None:
@@ -188,7 +193,7 @@ def _give_back_freed_memory() -> None:
         trim(0)
 
 
-def _skeleton(directory: Path, numerics: checkpoint.Numerics) -> PreTrainedModel:
+def skeleton(directory: Path, numerics: checkpoint.Numerics) -> PreTrainedModel:
     """The whole architecture with weights on the meta device and real buffers (rotary frequencies are computed)."""
     config = checkpoint.read_config(directory)
     stock, parsed = checkpoint.stock_class(config), AutoConfig.for_model(**config)

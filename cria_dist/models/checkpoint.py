@@ -27,6 +27,7 @@ from cria_dist.files import digest, safe_name, write_json, write_with
 from cria_dist.models.decilm import from_blocks
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import ModelDict, Takes, layers_differ
+from cria_dist.models.names import own_names, shared_names
 from cria_dist.models.remote_code import with_modeling_file
 from cria_dist.models.widths import resize_layers, resizing_class
 
@@ -45,13 +46,13 @@ SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENS
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's config.json; of a DeciLM checkpoint, what it says of the Llama that it is.
+    """The checkpoint's config.json, with shared names; of a DeciLM checkpoint, what it says of the Llama that it is.
 
     Raises:
         ConfigError: it is not JSON.
     """
     try:
-        return dict(from_blocks(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
+        return shared_names(from_blocks(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
     except ValueError as error:
         raise ConfigError(
             f"{directory / 'config.json'} is damaged ({error}); take a whole copy of the model"
@@ -211,7 +212,7 @@ def finish(source: Path, target: Path, config: Mapping[str, Any]) -> None:
         for path in sorted(source.glob(pattern)):
             if path.name not in {"config.json", INDEX, PLAN}:
                 shutil.copyfile(path, target / path.name)
-    write_json(target / "config.json", with_modeling_file(target, config))
+    write_json(target / "config.json", own_names(with_modeling_file(target, config)))
 
 
 def is_complete(directory: Path) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cria_dist.errors import ConfigError
-from cria_dist.models import attention
+from cria_dist.models import attention, residual
 from cria_dist.models.mlp import PART, MlpFamily, ModelDict, SiteModules
 from cria_dist.records import Site
 
@@ -49,6 +49,8 @@ class GatedMlpFamily(DecoderFamily):
 
     def modules(self, site: Site) -> SiteModules:
         """Where the site's signals are observed."""
+        if site.part in residual.PARTS:
+            return SiteModules({}, residual.reading(self.layers, site).readers[0], ())
         if site.part == attention.PART:
             prefix = f"{self.layers}.{site.layer}.self_attn"
             inputs = {name: f"{prefix}.{name[0]}_proj" for name in ("query", "key", "value")}
@@ -63,6 +65,36 @@ class GatedMlpFamily(DecoderFamily):
             key = self.attention_bias
             return bool(config.get(key, False)) if isinstance(key, str) else key
         return self.mlp_bias_key is not None and bool(config.get(self.mlp_bias_key, False))
+
+    def coupled_tensors(self, site: Site, config: ModelDict) -> dict[str, int]:
+        """Also those that carry the dimensions of the residual stream."""
+        if site.part in residual.PARTS:
+            return residual.coupled(self.layers, site, config, self._writes_bias(site, config))
+        return DecoderFamily.coupled_tensors(self, site, config)
+
+    def solved(self, site: Site, config: ModelDict) -> tuple[str, ...]:
+        """Also the readers of the residual stream, and the norms before them."""
+        if site.part in residual.PARTS:
+            return residual.solved(self.layers, site, config)
+        return DecoderFamily.solved(self, site, config)
+
+    def unit_cost(self, site: Site, config: ModelDict) -> int:
+        """Also of a dimension of the residual stream."""
+        if site.part in residual.PARTS:
+            return residual.unit_cost(site, config, self._writes_bias(site, config))
+        return DecoderFamily.unit_cost(self, site, config)
+
+    def unit_macs(self, site: Site, config: ModelDict, length: int) -> int:
+        """Also of a dimension of the residual stream."""
+        if site.part in residual.PARTS:
+            return residual.unit_cost(site, config, False, embedding=False)
+        return DecoderFamily.unit_macs(self, site, config, length)
+
+    def _writes_bias(self, site: Site, config: ModelDict) -> bool:
+        """Whether the map that writes to the residual stream has a bias: Llama's attention, not Qwen's."""
+        if site.part == residual.PARTS[1]:
+            return self.has_bias(config)
+        return isinstance(self.attention_bias, str) and self.has_bias(config, attention.PART)
 
     def _with_biases(self) -> dict[str, Any]:
         if self.mlp_bias_key is None:

@@ -1,24 +1,37 @@
-"""Encoders that classify sentences, under the module names of BERT."""
+"""Encoders that classify sentences: BERT, RoBERTa, DistilBERT."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from cria_dist.models import attention
 from cria_dist.models.mlp import PART, MlpFamily, ModelDict, SiteModules
 from cria_dist.records import Site
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderMlpFamily(MlpFamily):
-    """Sentence classifiers with ``output.dense(act(intermediate.dense(x)))``; all maps have biases."""
+    """Sentence classifiers under the module names of BERT; all maps have biases, heads are their own KV groups."""
 
     takes = "sentences"
+    parts = (attention.PART, PART)
+    attention_maps: ClassVar[tuple[str, str, str, str]] = (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+    )
+    """Names of the maps of queries, keys and values within a layer, and of the one that reads the heads."""
+    mlp_maps: ClassVar[tuple[str, str]] = ("intermediate.dense", "output.dense")
+    """Names of the two maps of the MLP within a layer."""
     positions_before: ClassVar[int] = 0
     """Rows of the position embedding that no token gets."""
 
     def modules(self, site: Site) -> SiteModules:
         """Where the site's signals are observed."""
-        prefix = f"{self.layers}.{site.layer}"
-        return SiteModules({"input": f"{prefix}.intermediate.dense"}, f"{prefix}.output.dense", ("input",))
+        names = self.attention_maps if site.part == attention.PART else self.mlp_maps
+        *inputs, output = (f"{self.layers}.{site.layer}.{name}" for name in names)
+        signals = ("query", "key", "value") if site.part == attention.PART else ("input",)
+        return SiteModules(dict(zip(signals, inputs, strict=True)), output, signals[-1:])
 
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """They do."""
@@ -55,3 +68,14 @@ class RobertaFamily(EncoderMlpFamily):
     layers = "roberta.encoder.layer"
     embedding = "roberta.embeddings"
     positions_before = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DistilBertFamily(EncoderMlpFamily):
+    """DistilBERT."""
+
+    layers = "distilbert.transformer.layer"
+    embedding = "distilbert.embeddings"
+    width_key = "hidden_dim"
+    attention_maps = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin")
+    mlp_maps = ("ffn.lin1", "ffn.lin2")

@@ -6,27 +6,35 @@ from dataclasses import dataclass
 from typing import Any
 
 from cria_dist.errors import ConfigError
-from cria_dist.models.channels import RESNET_CIFAR
+from cria_dist.models import attention
+from cria_dist.models.channels import CONVOLUTIONAL
 from cria_dist.models.decoders import FusedMlpFamily, GatedMlpFamily, GptNeoxFamily, OptFamily
-from cria_dist.models.encoders import BertFamily, RobertaFamily
+from cria_dist.models.encoders import BertFamily, DistilBertFamily, RobertaFamily
+from cria_dist.models.experts import ExpertsFamily
 from cria_dist.models.generic import generic_family
+from cria_dist.models.gpt2 import Gpt2Family
 from cria_dist.models.mlp import PART, MlpFamily, ModelDict, SiteModules
 from cria_dist.records import Site
 
 
 @dataclass(frozen=True, slots=True)
 class VisionMlpFamily(MlpFamily):
-    """Image classifiers with ``fc2(act(fc1(x)))`` under ViT's module names; all maps have biases.
+    """Image classifiers under ViT's module names; all maps have biases, of attention unless the config says otherwise.
 
     Checkpoints keep the names ViT had before ``transformers`` 5; ``from_pretrained`` and ``save_pretrained`` translate.
     """
 
     takes = "images"
+    parts = (attention.PART, PART)
     layers = "vit.layers"
     embedding = "vit.embeddings"
 
     def modules(self, site: Site) -> SiteModules:
         """Where the site's signals are observed."""
+        if site.part == attention.PART:
+            prefix = f"{self.layers}.{site.layer}.attention"
+            inputs = {name: f"{prefix}.{name[0]}_proj" for name in ("query", "key", "value")}
+            return SiteModules(inputs, f"{prefix}.o_proj", ("value",))
         prefix = f"{self.layers}.{site.layer}.mlp"
         return SiteModules({"input": f"{prefix}.fc1"}, f"{prefix}.fc2", ("input",))
 
@@ -37,8 +45,8 @@ class VisionMlpFamily(MlpFamily):
         return name
 
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
-        """They do."""
-        return True
+        """They do, but for queries, keys and values where the config says so."""
+        return part != attention.PART or bool(config.get("qkv_bias", True))
 
     def input_shape(self, config: ModelDict, sequence_length: int) -> tuple[int, ...]:
         """Of one image."""
@@ -77,17 +85,21 @@ FAMILIES: dict[str, MlpFamily] = {
         GatedMlpFamily("gemma3_text", attention_bias="attention_bias"),
         FusedMlpFamily("glm"),
         FusedMlpFamily("glm4"),
+        Gpt2Family("gpt2"),
         GptNeoxFamily("gpt_neox"),
         GatedMlpFamily("llama", mlp_bias_key="mlp_bias", attention_bias="attention_bias"),
         GatedMlpFamily("mistral"),
+        ExpertsFamily("mixtral", block="block_sparse_moe", maps=("w1", "w3", "w2"), expert_width="intermediate_size"),
         OptFamily("opt"),
         FusedMlpFamily("phi3"),
         GatedMlpFamily("qwen2", attention_bias=True),
         GatedMlpFamily("qwen3", attention_bias="attention_bias"),
+        ExpertsFamily("qwen3_moe", attention_bias="attention_bias"),
         BertFamily("bert"),
+        DistilBertFamily("distilbert"),
         RobertaFamily("roberta"),
         VisionMlpFamily("vit"),
-        RESNET_CIFAR,
+        *CONVOLUTIONAL,
     )
 }
 

@@ -3,10 +3,14 @@
 from typing import cast
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from cria_dist.models import checkpoint
 from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.models.sizes import sizes_of
+
+MAPS = (torch.nn.Linear, Conv1D)
+"""What computes a linear map; of the second kind the weight is transposed."""
 
 
 def macs_per_position(config: ModelDict, family: MlpFamily, length: int) -> int:
@@ -17,7 +21,7 @@ def macs_per_position(config: ModelDict, family: MlpFamily, length: int) -> int:
         family: its adapter.
         length: positions of the sequence; every position attends to all of them.
     """
-    maps = (module for module in checkpoint.empty_model(config).modules() if isinstance(module, torch.nn.Linear))
+    maps = (module for module in checkpoint.empty_model(config).modules() if isinstance(module, MAPS))
     sizes = sizes_of(config, family)
     return sum(one.weight.numel() for one in maps) + 2 * len(sizes.layers) * length * sizes.heads * sizes.head_dim
 
@@ -27,7 +31,4 @@ def macs_of_layers(config: ModelDict, family: MlpFamily, length: int) -> list[in
     layers = cast(torch.nn.ModuleList, checkpoint.empty_model(config).get_submodule(family.layers))
     heads = sizes_of(config, family)
     attention = 2 * length * heads.heads * heads.head_dim
-    return [
-        attention + sum(one.weight.numel() for one in layer.modules() if isinstance(one, torch.nn.Linear))
-        for layer in layers
-    ]
+    return [attention + sum(one.weight.numel() for one in layer.modules() if isinstance(one, MAPS)) for layer in layers]

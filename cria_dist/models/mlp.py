@@ -1,11 +1,12 @@
 """Transformers: where MLP neurons and KV groups are observed, which tensors carry them, what one costs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from cria_dist.models import attention
+from cria_dist.models import attention, residual
+from cria_dist.models.names import shared_names
 from cria_dist.records import Site
 
 ModelDict = Mapping[str, Any]
@@ -36,11 +37,18 @@ class SiteModules:
         inputs: linear maps with rows of the units, by signal name.
         output: linear map with columns of the units; its input is the post-activation signal.
         recorded: inputs whose outputs are the pre-activation signals.
+        seen: modules that hand these on within the site's layer, at the places the output map reads, for inputs that do
+            not lie there.
     """
 
     inputs: Mapping[str, str]
     output: str
     recorded: tuple[str, ...]
+    seen: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def seen_at(self, name: str) -> str:
+        """The module whose outputs are a pre-activation signal."""
+        return self.seen.get(name, self.inputs[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,8 @@ class MlpFamily(ABC):
     """Module name of what makes hidden states of the input."""
     width_key: ClassVar[str] = "intermediate_size"
     """Key of config.json with the width of the MLPs."""
+    transposed: ClassVar[bool] = False
+    """Whether the maps' weights are stored with inputs as rows; see :meth:`oriented`."""
 
     @abstractmethod
     def modules(self, site: Site) -> SiteModules:
@@ -85,6 +95,14 @@ class MlpFamily(ABC):
         """What checkpoints call a module or parameter."""
         return name
 
+    def pieces(self, name: str, shape: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+        """The tensors of a checkpoint that make up a parameter of this shape; none where it is one of them."""
+        return ()
+
+    def numbered(self, site: Site) -> str | None:
+        """What tensors begin with before the number of a unit, where units have tensors of their own in checkpoints."""
+        return None
+
     def stored(self, site: Site) -> SiteModules:
         """The site's modules, by names in checkpoints."""
         modules = self.modules(site)
@@ -93,19 +111,41 @@ class MlpFamily(ABC):
 
     def widths(self, config: ModelDict, parts: Collection[str] = (PART,)) -> dict[Site, int]:
         """Units per site of some parts: the MLP neurons of every layer, and its KV groups."""
-        same = [config[self.width_key]] * int(config["num_hidden_layers"])
+        config = shared_names(config)  # a loaded model's own has not got them yet
+        same = [self.width(config)] * int(config["num_hidden_layers"])
         neurons = {Site(layer): int(width) for layer, width in enumerate(config.get(LAYER_WIDTHS) or same)}
         found = neurons if PART in parts else {}
         found |= attention.attention_sites(config) if attention.PART in parts else {}
+        found |= {site: width for site, width in residual.sites(config).items() if site.part in parts}
         return dict(sorted(found.items()))
 
+    def width(self, config: ModelDict) -> int:
+        """Neurons of an MLP, where all layers have as many."""
+        return int(config[self.width_key])
+
+    def oriented(self, weight: Any) -> Any:
+        """A map's weight with outputs as rows, of one as it is stored, and the other way round.
+
+        Everything that computes with the weights of maps asks here; :meth:`coupled_tensors` speaks of tensors as they
+        are stored.
+        """
+        return weight.T if self.transposed else weight
+
     def stack(self, site: Site) -> int:
-        """Input maps that lie one below the other in one tensor: a unit has rows in each of them."""
+        """Input maps that lie one after the other in one tensor: a unit has rows in each of them."""
         return 1
+
+    def maps_in(self, name: str, site: Site) -> int:
+        """How many maps lie one after the other in a coupled tensor, along the dimension of the units."""
+        return 1 if name == f"{self.stored(site).output}.weight" else self.stack(site)
 
     def span(self, site: Site, config: ModelDict) -> int:
         """Inputs of the output map that one unit computes: columns, one after the other."""
         return attention.attention_shape(config).span if site.part == attention.PART else 1
+
+    def taps(self, site: Site, config: ModelDict) -> dict[str, int]:
+        """Places of a patch that a site's maps read, by the names of their stored weights; 1 for those not named."""
+        return {}
 
     def rows_at(self, site: Site, config: ModelDict, rows: Any) -> Any:
         """Rows of a site's signals for rows of the positions that tokens are sampled from: the same ones."""
@@ -113,19 +153,29 @@ class MlpFamily(ABC):
 
     def signals(self, site: Site = ANY_MLP) -> int:
         """Recorded signals of a unit: those before the activation, and the one after it."""
-        return len(self.modules(site).recorded) * self.stack(site) + 1
+        names = [one for name in self.modules(site).recorded for one in self.signal_names(site, name)]
+        return len(names) - names.count(None) + 1
+
+    def signal_names(self, site: Site, name: str) -> tuple[str | None, ...]:
+        """What the outputs of a recorded input map are called, one by one of those in it; None for one left out."""
+        stack = self.stack(site)
+        return (name,) if stack == 1 else tuple(f"{name}.{index}" for index in range(stack))
 
     def coupled_tensors(self, site: Site, config: ModelDict) -> dict[str, int]:
         """Tensors of a checkpoint that carry the site's units, with the dimension the units lie along.
 
-        A unit has the same number of consecutive rows (or columns) as every other of its site; along dimension 0, once
-        in each of the ``stack`` maps that the tensor holds.
+        A unit has the same number of consecutive rows (or columns) as every other of its site, once in each of the
+        maps that the tensor holds.
         """
-        modules = self.stored(site)
-        tensors = {f"{module}.weight": 0 for module in modules.inputs.values()}
+        modules, rows = self.stored(site), int(self.transposed)
+        tensors = {f"{module}.weight": rows for module in modules.inputs.values()}
         if self.has_bias(config, site.part):
             tensors |= {f"{module}.bias": 0 for module in modules.inputs.values()}
-        return {**tensors, f"{modules.output}.weight": 1}
+        return {**tensors, f"{modules.output}.weight": 1 - rows}
+
+    def solved(self, site: Site, config: ModelDict) -> tuple[str, ...]:
+        """Tensors that the repair replaces by some that read the kept units."""
+        return (f"{self.stored(site).output}.weight",)
 
     def unit_cost(self, site: Site, config: ModelDict) -> int:
         """Parameters that leave the model with one unit: rows of the input maps, their biases, columns."""
@@ -140,6 +190,15 @@ class MlpFamily(ABC):
         if site.part == attention.PART:
             return attention.attention_shape(config).unit_macs(length)
         return self.signals(site) * int(config["hidden_size"])
+
+    def removed_twice(self, config: ModelDict, kept: Mapping[str, Sized]) -> int:
+        """Parameters that leave the model once and are in the costs of units of two sites, where these share a map.
+
+        Args:
+            config: config of the dense model.
+            kept: surviving units by site key.
+        """
+        return 0
 
     def output_bias_cost(self, config: ModelDict, kept: int) -> int:
         """Parameters an MLP gains when the repair gives its output map a bias: the input maps get one of zeros too."""
@@ -160,6 +219,8 @@ class MlpFamily(ABC):
         for key in sorted(kept):
             by_part.setdefault(Site.from_key(key).part, []).append(kept[key])
         narrow = dict(config)
+        if streams := by_part.get(residual.PARTS[0]):
+            return residual.narrowed(config, streams[0])
         if widths := by_part.get(PART):
             narrow.pop(LAYER_WIDTHS, None)
             narrow |= {self.width_key: max(widths), **(self._with_biases() if output_bias else {})}

@@ -9,20 +9,32 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from cria_dist.files import write_bytes
-from cria_dist.models.decoders import GatedMlpFamily
+from cria_dist.models import attention
 from cria_dist.models.family import family_of
-from cria_dist.models.mlp import layers_differ
+from cria_dist.models.mlp import PART, MlpFamily, Takes, layers_differ
+from cria_dist.records import Site
 
 FILE = "modeling_pruned.py"
-AUTO_MAP = {"AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM"}
+TASKS: Mapping[Takes, tuple[str, Any]] = {
+    "tokens": ("ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING),
+    "sentences": ("ForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "images": ("ForImageClassification", MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
+}
+"""By what a model takes: how ``transformers`` calls what it is for, and its classes by their configs."""
+AUTO_MAPS = {takes: {f"AutoModel{task}": f"{Path(FILE).stem}.Pruned{task}"} for takes, (task, _) in TASKS.items()}
 """What config.json says of the file."""
 MODELING = Template('''\
 """$model whose layers differ in size; written by cria_dist beside the weights, needs transformers alone.
 
-    AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    AutoModel$task.from_pretrained(path, trust_remote_code=True)
 
 Every layer has the MLP neurons of `intermediate_size_per_layer` and the key-value heads of
 `num_key_value_heads_per_layer` in config.json, where these are given; query heads per key-value head are the same
@@ -31,47 +43,76 @@ everywhere.
 
 import torch
 from transformers import $config, $model
+from transformers.pytorch_utils import Conv1D
+
+LAYERS = "$layers"
+MAPS = {
+    "mlp": $mlp,
+    "attention": $attention,
+}
+"""Linear maps of a layer with units as outputs, and the one with units as inputs."""
 
 
-class PrunedForCausalLM($model):
+class Pruned$task($model):
     """The stock class with the sizes of its layers."""
 
     config_class = $config
 
     def __init__(self, config):
         super().__init__(config)
-        for layer, width in zip(self.model.layers, getattr(config, "intermediate_size_per_layer", None) or ()):
-            resize(layer.mlp, width, outputs=("gate_proj", "up_proj"), inputs=("down_proj",))
-        queries = config.num_attention_heads // config.num_key_value_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        for layer, kept in zip(self.model.layers, getattr(config, "num_key_value_heads_per_layer", None) or ()):
-            resize(layer.self_attn, kept * size, outputs=("k_proj", "v_proj"))
-            resize(layer.self_attn, kept * queries * size, outputs=("q_proj",), inputs=("o_proj",))
+        layers = self.get_submodule(LAYERS)
+        for layer, kept in zip(layers, getattr(config, "intermediate_size_per_layer", None) or ()):
+            resize(layer, *MAPS["mlp"], kept, config.$width)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        for layer, kept in zip(layers, getattr(config, "num_key_value_heads_per_layer", None) or ()):
+            resize(layer, *MAPS["attention"], kept, heads)
 
 
-def resize(module, width, outputs=(), inputs=()):
-    """Replace linear maps of a module by ones with `width` outputs or inputs."""
-    for names, side in ((outputs, "out_features"), (inputs, "in_features")):
-        for name in names:
-            old = getattr(module, name)
-            sizes = {"in_features": old.in_features, "out_features": old.out_features, side: width}
-            new = torch.nn.Linear(**sizes, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
-            setattr(module, name, new)
+def resize(layer, inputs, output, kept, units):
+    """Replace linear maps of a layer by ones with the kept units."""
+    for name in (*inputs, output):
+        old = layer.get_submodule(name)
+        before, after = old.weight.shape if isinstance(old, Conv1D) else reversed(old.weight.shape)
+        if name == output:
+            before = before // units * kept
+        else:
+            after = after // units * kept
+        if isinstance(old, Conv1D):
+            with old.weight.device:
+                new = Conv1D(after, before).to(old.weight.dtype)
+        else:
+            new = torch.nn.Linear(before, after, old.bias is not None, old.weight.device, old.weight.dtype)
+        layer.set_submodule(name, new)
+        owner = layer.get_submodule(name.rpartition(".")[0])
+        if name == output and hasattr(owner, "split_size"):  # where GPT-2 cuts queries, keys and values
+            owner.split_size = before
 ''')
 
 
 def with_modeling_file(target: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the file where layers of a decoder differ; returns the config that names it, or no longer does.
+    """Write the file where layers of a stock class differ; returns the config that names it, or no longer does.
 
     Args:
         target: folder of the checkpoint.
         config: its config.json.
     """
-    plain = {key: value for key, value in config.items() if (key, value) != ("auto_map", AUTO_MAP)}
-    if not layers_differ(config) or not isinstance(family_of(config), GatedMlpFamily):
+    ours = AUTO_MAPS.values()
+    plain = {key: value for key, value in config.items() if key != "auto_map" or value not in ours}
+    if not layers_differ(config):
         return plain
-    settings = CONFIG_MAPPING[config["model_type"]]
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[settings]
-    names = {"model": model.__name__, "config": settings.__name__}
-    write_bytes(target / FILE, MODELING.substitute(names).encode())
-    return {**plain, "auto_map": AUTO_MAP}
+    family, settings = family_of(config), CONFIG_MAPPING[config["model_type"]]
+    task, classes = TASKS[family.takes]
+    model: Any = classes[settings]
+    if not model.__module__.startswith("transformers."):
+        return plain
+    names = {"model": model.__name__, "config": settings.__name__, "task": task}
+    places = {"layers": family.layers, "width": family.width_key}
+    maps = {part: _maps(family, part) if part in family.parts else ((), "") for part in (PART, attention.PART)}
+    write_bytes(target / FILE, MODELING.substitute(names, **places, **maps).encode())
+    return {**plain, "auto_map": AUTO_MAPS[family.takes]}
+
+
+def _maps(family: MlpFamily, part: str) -> tuple[tuple[str, ...], str]:
+    """Names within a layer of the maps that read the hidden state, and of the one that writes it."""
+    modules, prefix = family.modules(Site(0, part)), f"{family.layers}.0."
+    return tuple(name.removeprefix(prefix) for name in modules.inputs.values()), modules.output.removeprefix(prefix)

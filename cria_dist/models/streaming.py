@@ -97,9 +97,14 @@ def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
     write_with(path, lambda temporary: _write(temporary, pieces))
 
 
-def _write(path: Path, pieces: Mapping[str, Piece]) -> None:
+def file_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """Names of tensors in the order in which they stand in a file, and are made."""
     order = list(DTYPES)
-    names = sorted(pieces, key=lambda name: (order.index(pieces[name].like.dtype), name))
+    return sorted(dtypes, key=lambda name: (order.index(dtypes[name]), name))
+
+
+def _write(path: Path, pieces: Mapping[str, Piece]) -> None:
+    names = file_order({name: piece.like.dtype for name, piece in pieces.items()})
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:

@@ -22,19 +22,21 @@ class Selection:
     Attributes:
         kept_S: their indices, ascending.
         units: how many there are.
-        stack: maps that lie one below the other in a tensor of input maps.
+        stack: maps that lie one after the other in the tensor.
+        reads: the tensor reads the units, and the repair replaces it by one that reads those kept.
     """
 
     kept_S: torch.Tensor
     units: int
     stack: int = 1
+    reads: bool = False
 
     def of(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """A tensor with the kept units only; every unit has the same number of consecutive rows along ``dim``."""
         kept_S = self.kept_S.to(tensor.device)
         if tensor.shape[dim] == self.units:
             return tensor.index_select(dim, kept_S).contiguous()
-        parts = tensor.unflatten(dim, (self.stack if dim == 0 else 1, self.units, -1))
+        parts = tensor.unflatten(dim, (self.stack, self.units, -1))
         return parts.index_select(dim + 1, kept_S).flatten(dim, dim + 2).contiguous()
 
 
@@ -67,8 +69,8 @@ class Surgery:
         """The layers that stay, in the numbering of the model operated on."""
         return depth.surviving(self.kept, self.config)
 
-    def selections(self) -> dict[str, tuple[Selection, int]]:
-        """For each tensor that changes: the kept units and the dimension they lie along.
+    def selections(self) -> dict[str, list[tuple[Selection, int]]]:
+        """For each tensor that changes: the kept units and the dimension they lie along, of every site it belongs to.
 
         Raises:
             PlanError: the plan has other sites than the model, or indices that are not distinct units in order.
@@ -81,7 +83,7 @@ class Surgery:
         if planned.keys() != widths.keys():
             odd = min(planned.keys() ^ widths.keys())
             raise PlanError(f"the plan does not fit the model: {odd} is in one of the two only; decide again")
-        chosen: dict[str, tuple[Selection, int]] = {}
+        chosen: dict[str, list[tuple[Selection, int]]] = {}
         for key, kept in planned.items():
             if Site.from_key(key).layer not in stay:
                 continue
@@ -90,11 +92,17 @@ class Surgery:
                     f"the plan does not fit the model at {key}: {len(kept)} indices are not distinct units in order, "
                     f"below the width {widths[key]}; decide again"
                 )
-            stack = self.family.stack(Site.from_key(key))
-            selection = Selection(torch.tensor(kept, dtype=torch.int64), widths[key], stack)
-            for name, dim in self.family.coupled_tensors(Site.from_key(key), self.config).items():
-                chosen[name] = (selection, dim)
+            site, kept_S = Site.from_key(key), torch.tensor(kept, dtype=torch.int64)
+            solved = self.family.solved(site, self.config)
+            for name, dim in self.family.coupled_tensors(site, self.config).items():
+                selection = Selection(kept_S, widths[key], self.family.maps_in(name, site), name in solved)
+                chosen.setdefault(name, []).append((selection, dim))
         return chosen
+
+    def numbered(self) -> dict[str, tuple[int, ...]]:
+        """The kept units that have tensors of their own, by what these begin with before the unit's number."""
+        sites = {self.family.numbered(Site.from_key(key)): kept for key, kept in depth.within_layers(self.kept).items()}
+        return {prefix: kept for prefix, kept in sites.items() if prefix is not None}
 
     def replacements(self) -> dict[str, torch.Tensor]:
         """Tensors the repair re-solved or added, by name."""
@@ -156,6 +164,8 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
             pieces = _pruned_pieces(source / file, names, selections, replacements)
             new = _additions(file, locations, surgery, replacements, next(iter(pieces.values())).like.dtype)
             pieces |= {name: in_memory(tensor) for name, tensor in new.items()}
+            for prefix, kept in surgery.numbered().items():
+                pieces = depth.renumbered(pieces, prefix, kept)
             left = depth.renumbered(pieces, surgery.family.on_disk(f"{surgery.family.layers}."), surgery.layers)
             if left:
                 write_pieces(target / file, left)
@@ -165,21 +175,22 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
 def _operate(
     name: str,
     tensor: torch.Tensor,
-    selections: Mapping[str, tuple[Selection, int]],
+    selections: Mapping[str, list[tuple[Selection, int]]],
     replacements: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
-    if name in replacements:
-        return replacements[name].to(tensor.device, tensor.dtype)
-    if name in selections:
-        selection, dim = selections[name]
-        return selection.of(tensor, dim)
+    replaced = name in replacements
+    if replaced:
+        tensor = replacements[name].to(tensor.device, tensor.dtype)
+    for selection, dim in selections.get(name, ()):
+        if not (replaced and selection.reads):
+            tensor = selection.of(tensor, dim)
     return tensor
 
 
 def _pruned_pieces(
     path: Path,
     names: list[str],
-    selections: Mapping[str, tuple[Selection, int]],
+    selections: Mapping[str, list[tuple[Selection, int]]],
     replacements: Mapping[str, torch.Tensor],
 ) -> dict[str, Piece]:
     reader = WindowReader(path)

@@ -35,11 +35,11 @@ def tensor_ranks_problem(model_config: ModelDict, ranks: int) -> str | None:
         Rule and remedy for a ConfigError, or None if they can.
     """
     family = family_of(model_config)
-    if family.takes != "tokens":
+    settings: Any = AutoConfig.for_model(**model_config)
+    if family.takes != "tokens" or not getattr(settings, "base_model_tp_plan", None):
         return f"transformers has no plan to share the layers of {family.model_type!r}; take record.schedule=sweep"
     if layers_differ(model_config):
         return "transformers cannot share layers of different widths; take record.schedule=sweep"
-    settings: Any = AutoConfig.for_model(**model_config)
     heads = int(settings.num_attention_heads)
     counts = [(heads, "attention heads"), (int(getattr(settings, "num_key_value_heads", None) or heads), "KV heads")]
     counts += [(width, "MLP units") for width in sorted(set(family.widths(model_config).values()))]

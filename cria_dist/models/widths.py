@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cria_dist.models.mlp import PER_LAYER, MlpFamily, ModelDict, layers_differ
 
@@ -11,7 +12,8 @@ from cria_dist.models.mlp import PER_LAYER, MlpFamily, ModelDict, layers_differ
 def resize_layers(model: PreTrainedModel, family: MlpFamily, config: ModelDict) -> None:
     """Give every layer the units that the config says; a model whose layers are alike stays as it is.
 
-    Attention modules read their number of heads off the maps, and query heads per group are the same everywhere.
+    Attention modules read their number of heads off the maps, and query heads per group are the same everywhere;
+    GPT-2's is told where its map of queries, keys and values is cut.
 
     Args:
         model: a model just built, its weights without values yet.
@@ -22,10 +24,15 @@ def resize_layers(model: PreTrainedModel, family: MlpFamily, config: ModelDict) 
         return
     built = family.widths({key: value for key, value in config.items() if key not in PER_LAYER}, family.parts)
     for site, width in family.widths(config, family.parts).items():
+        if width == built[site]:
+            continue
         modules = family.modules(site)
         for name in modules.inputs.values():
             _replace(model, name, "out_features", width, built[site])
         _replace(model, modules.output, "in_features", width, built[site])
+        owner = model.get_submodule(modules.output.rpartition(".")[0])
+        if "split_size" in vars(owner):
+            setattr(owner, "split_size", width * family.span(site, config))  # noqa: B010  (a type checker knows no such)
 
 
 def resizing_class(stock: type[PreTrainedModel], family: MlpFamily, config: ModelDict) -> type[PreTrainedModel]:
@@ -41,10 +48,20 @@ def resizing_class(stock: type[PreTrainedModel], family: MlpFamily, config: Mode
 def _replace(model: PreTrainedModel, name: str, side: str, width: int, built: int) -> None:
     """A map with ``width`` units in place of the ``built`` ones it has on one side."""
     old = model.get_submodule(name)
-    if not isinstance(old, torch.nn.Linear):
+    if isinstance(old, Conv1D):
+        sizes = {"in_features": old.nx, "out_features": old.nf}
+    elif isinstance(old, torch.nn.Linear):
+        sizes = {"in_features": old.in_features, "out_features": old.out_features}
+    else:
         raise TypeError(f"{name} of {type(model).__name__} is no linear map")
-    sizes = {"in_features": old.in_features, "out_features": old.out_features}
     sizes[side] = sizes[side] // built * width
+    model.set_submodule(name, _map_like(old, **sizes))
+
+
+def _map_like(old: torch.nn.Linear | Conv1D, in_features: int, out_features: int) -> torch.nn.Module:
+    """A map of other sizes, as the old one in everything else."""
+    if isinstance(old, Conv1D):
+        with old.weight.device:
+            return Conv1D(out_features, in_features).to(old.weight.dtype)
     biased = "bias" in dict(old.named_parameters(recurse=False))
-    new = torch.nn.Linear(**sizes, bias=biased, device=old.weight.device, dtype=old.weight.dtype)
-    model.set_submodule(name, new)
+    return torch.nn.Linear(in_features, out_features, biased, old.weight.device, old.weight.dtype)

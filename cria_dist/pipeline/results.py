@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cria_dist import files
 from cria_dist.methods import Method
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, depth
 from cria_dist.pipeline import rounds, weights
 from cria_dist.pipeline.context import Context
 from cria_dist.pipeline.protocol import protocol
@@ -49,7 +49,7 @@ def _recovery_digest(context: Context, pruned: Model) -> str:
         config.content_part(),
         [job.numerics.matmul, job.config.seed],
         *job.other_parts,
-        *([job.digests["model"], job.numerics.dtype] if config.distill else []),
+        *([job.digests["model"], job.numerics.dtype] if config.distills else []),
     )
 
 
@@ -65,7 +65,9 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
     if mark.is_file() and files.read_json(mark) == {"digest": digest} and checkpoint.is_complete(target):
         context.progress.note(f"recover: complete, {config.steps} steps")
         return Model(target, digest, pruned.plan)
-    teacher = recover.Teacher(job.model_dir, job.numerics.dtype)
+    plan = pruned.plan if config.distill_hidden else None
+    layers = None if plan is None else depth.surviving(plan.kept, job.model_config)
+    teacher = recover.Teacher(job.model_dir, job.numerics.dtype, layers)
     task = recover.RecoverTask(
         pruned.directory, job.calibration_path, target, log_path, config, job.numerics.matmul, job.config.seed, teacher
     )

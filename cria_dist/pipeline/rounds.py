@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from cria_dist.maths.allocation import width_after_round
 from cria_dist.methods import Method
 from cria_dist.methods.layers import LayerMethod
 from cria_dist.methods.weights import WeightMethod
-from cria_dist.models import checkpoint, surgery
+from cria_dist.models import checkpoint, residual, surgery
 from cria_dist.models.depth import PART, within_layers
 from cria_dist.pipeline import allocation, depth, weights
 from cria_dist.pipeline.context import Context
@@ -116,7 +117,7 @@ def decide_round(
         widths = _even_widths(context, index)
     else:
         widths = allocation.spread_widths(context, folder, model, analysis, index)
-    survivors = {key: _survivors(folder, Site.from_key(key), width) for key, width in widths.items()}
+    survivors = _survivors(folder, widths)
     plan = decide.make_plan(
         decide.compose(survivors, model.plan),
         {site.key: width for site, width in sites_of(job.config, job.family, job.model_config).items()},
@@ -128,11 +129,18 @@ def decide_round(
     return plan
 
 
-def _survivors(folder: Path, site: Site, width: int) -> tuple[int, ...]:
-    """The units that stay at a site; a whole layer is its own one unit, and nothing stays inside one that goes."""
-    if site.part == PART or not width:
-        return tuple(range(width))
-    return decide.select(site_scores.read_scores(folder, site), width)
+def _survivors(folder: Path, widths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The units that stay at each site; a whole layer is its own one unit, and nothing stays inside one that goes."""
+    sites = {key: Site.from_key(key) for key in widths}
+    if all(site.part in residual.PARTS for site in sites.values()):
+        scores = [site_scores.read_scores(folder, site) for site in sites.values()]
+        return dict.fromkeys(widths, decide.select_together(scores, min(widths.values())))
+    return {
+        key: tuple(range(widths[key]))
+        if site.part == PART or not widths[key]
+        else decide.select(site_scores.read_scores(folder, site), widths[key])
+        for key, site in sites.items()
+    }
 
 
 def _even_widths(context: Context, index: int) -> dict[str, int]:

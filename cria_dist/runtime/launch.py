@@ -5,7 +5,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import ray
 import torch
 
 from cria_dist.config import RunConfig
@@ -14,7 +13,7 @@ from cria_dist.pool import LocalPool
 from cria_dist.records import Report, Stage
 from cria_dist.report.progress import Progress
 from cria_dist.runtime.pool import RayPool
-from cria_dist.runtime.session import ray_session
+from cria_dist.runtime.session import gpus_per_worker, grows, ray_session
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import training
 from cria_dist.stages.prepare import Job, prepare
@@ -52,10 +51,10 @@ def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
         context = Context(job, LocalPool(), train_here, progress)
         return prune(context, command_line(), until)
     with ray_session(job.config) as workers:
-        gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+        gpus = gpus_per_worker(job.config)
         pool = RayPool(workers, gpus)
         progress.note(f"workers: {pool.description}")
-        context = Context(job, pool, RayTrainer(job.config.recover.workers, gpus > 0), progress)
+        context = Context(job, pool, RayTrainer(job.config.recover.workers, gpus > 0, grows(job.config)), progress)
         try:
             return prune(context, command_line(), until)
         finally:

@@ -88,10 +88,29 @@ def _join(address: str) -> None:
         raise ConfigError(f"no Ray cluster at {address!r} ({error}); start one or leave run.address out") from error
 
 
+def gpus_per_worker(config: RunConfig) -> float:
+    """GPUs of each worker: what the run wants, else one where the cluster has any."""
+    if config.run.gpus_per_worker is not None:
+        return config.run.gpus_per_worker
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def grows(config: RunConfig) -> bool:
+    """Whether what the cluster holds now is no measure of what the run may ask for."""
+    return bool(config.run.gpus_per_worker)
+
+
 def _workers(config: RunConfig) -> int:
-    """Workers asked for, else one per GPU, else one per CPU."""
-    resources = ray.cluster_resources()
-    available = int(resources.get("GPU", 0)) or int(resources.get("CPU", 0))
+    """Workers asked for, else as many as the GPUs are enough for, else one per CPU."""
+    resources, gpus = ray.cluster_resources(), gpus_per_worker(config)
+    if grows(config) and config.run.workers:
+        return config.run.workers
+    available = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 0))
+    if gpus and not available:
+        raise ConfigError(
+            f"run.gpus_per_worker={gpus:g} and the Ray cluster has no GPU yet; set run.workers to how many workers it "
+            "may grow to"
+        )
     if not available:
         raise ConfigError("the Ray cluster has no CPU to run workers on; start it with --num-cpus")
     return config.run.workers or available

@@ -5,6 +5,7 @@ latency, its report. A sweep that was interrupted goes on: Tune knows which tria
 it is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
@@ -18,7 +19,7 @@ from cria_dist.report.progress import Progress
 from cria_dist.runtime import trials
 from cria_dist.runtime.launch import train_here
 from cria_dist.runtime.pool import RayPool
-from cria_dist.runtime.session import ray_session
+from cria_dist.runtime.session import gpus_per_worker, grows, ray_session
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import sweep_results
 from cria_dist.stages.prepare import prepare
@@ -45,7 +46,7 @@ class Share:
         if trial.config.run.pool == "local":
             torch.set_num_threads(1)  # see launch.py
             return Context(job, LocalPool(), train_here, progress)
-        trainer = RayTrainer(trial.config.recover.workers, self.gpus > 0)
+        trainer = RayTrainer(trial.config.recover.workers, self.gpus > 0, grows(trial.config))
         return Context(job, RayPool(self.workers, self.gpus), trainer, progress)
 
 
@@ -64,19 +65,19 @@ def run(sweep: Sweep) -> list[Row]:
 
 def carry_out(sweep: Sweep, workers: int) -> list[Row]:
     """:func:`run` inside a session with so many workers."""
-    gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    gpus = gpus_per_worker(sweep.base)
     _check_room(sweep, "GPU" if gpus else "CPU")
     everything, share = Share(workers, gpus), Share(max(workers // sweep.concurrency, 1), gpus)
     progress = Progress(sweep.folder, interactive=False)  # the runs have displays of their own
-    progress.note(f"sweep folder {sweep.folder}: {len(sweep.trials)} trials, {sweep.concurrency} at a time")
+    progress.note(f"sweep folder {sweep.folder}: {sweep.count} trials, {sweep.concurrency} at a time")
     state = "failed"
     try:
         _share_scores(sweep, everything, progress)
-        failures = trials.carry_out(sweep, share.context, progress)
-        rows = _measure([trial for trial in sweep.trials if trial.label not in failures], everything, progress)
+        tried = trials.carry_out(sweep, share.context, progress)
+        rows = _measure(tried.trials, everything, progress)
         sweep_results.write(rows, sweep.folder)
-        if failures:
-            raise WorkerError("sweep", "; ".join(f"trial {label}: {why}" for label, why in failures.items()))
+        if tried.failures:
+            raise WorkerError("sweep", "; ".join(f"trial {label}: {why}" for label, why in tried.failures.items()))
         state = "done"
         return rows
     finally:
@@ -94,7 +95,7 @@ def _share_scores(sweep: Sweep, share: Share, progress: Progress) -> None:
             bar.advance()
 
 
-def _measure(finished: list[Trial], share: Share, progress: Progress) -> list[Row]:
+def _measure(finished: Sequence[Trial], share: Share, progress: Progress) -> list[Row]:
     """Finish every run: latency, loading test, report."""
     rows: list[Row] = []
     with progress.stage("measure", total=len(finished), unit="trials") as bar:
@@ -112,7 +113,7 @@ def _measure(finished: list[Trial], share: Share, progress: Progress) -> list[Ro
 
 def _check_room(sweep: Sweep, kind: str) -> None:
     """Training workers of all trials at a time must find a place; Ray Train would wait for it."""
-    if sweep.base.run.pool == "local":
+    if sweep.base.run.pool == "local" or grows(sweep.base):
         return
     needed = sweep.concurrency * max(trial.config.training_workers for trial in sweep.trials)
     there = int(ray.cluster_resources().get(kind, 0))

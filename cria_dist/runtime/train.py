@@ -17,6 +17,8 @@ from cria_dist.stages.training import TrainTask, stage_of
 
 MAX_WORKER_FAILURES = 3
 START_ATTEMPTS = 3
+PATIENT_ATTEMPTS = 30
+"""Of a minute each, which a cluster has to start nodes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,12 @@ class RayTrainer:
     Attributes:
         workers: data-parallel workers.
         use_gpu: one GPU per worker.
+        waits: for a cluster that grows on demand; else one that is too small is an error.
     """
 
     workers: int
     use_gpu: bool
+    waits: bool = False
 
     def __call__(self, task: TrainTask, name: str, storage: Path) -> None:
         """Train to the end; the same name and storage continue from the last checkpoint.
@@ -38,7 +42,8 @@ class RayTrainer:
             ConfigError: the cluster has fewer CPUs or GPUs than workers.
             WorkerError: training failed, or lost its workers too often.
         """
-        self._check_resources()
+        if not self.waits:
+            self._check_resources()
         trainer = ray.train.torch.TorchTrainer(
             _train_worker,
             train_loop_config={"task": task},
@@ -49,7 +54,8 @@ class RayTrainer:
                 checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
                 failure_config=ray.train.FailureConfig(
                     max_failures=MAX_WORKER_FAILURES,
-                    controller_failure_limit=START_ATTEMPTS,  # -1, the default, waits for resources for ever
+                    # -1, the default, waits for resources for ever
+                    controller_failure_limit=PATIENT_ATTEMPTS if self.waits else START_ATTEMPTS,
                 ),
             ),
         )
@@ -86,8 +92,7 @@ def _train_worker(config: dict[str, TrainTask]) -> None:
 def _reporter(place: Place) -> Checkpoint:
     def report(step: int, write: Callable[[Path], None]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            if place.rank == 0:
-                write(Path(folder))
+            write(Path(folder))
             checkpoint = ray.train.Checkpoint.from_directory(folder) if place.rank == 0 else None
             ray.train.report({"step": step}, checkpoint=checkpoint)
 

@@ -4,9 +4,12 @@ Tune keeps pickles in its folder. They are read again when a sweep goes on, so t
 and one that others could have written to is refused.
 """
 
+import fcntl
+import math
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from cria_dist.errors import ConfigError, CriaError
 from cria_dist.pipeline import Context
 from cria_dist.pipeline.scoring import prune_and_score
 from cria_dist.report.progress import Bar, Progress
+from cria_dist.runtime.experiments import Experiment, experiments
 from cria_dist.stages.follow import followed
 from cria_dist.stages.sweep import Sweep, Trial
 from cria_dist.stages.sweep_table import loss
@@ -34,7 +38,20 @@ LOOK_SECONDS = 1.0
 MakeContext = Callable[[Trial], Context]
 
 
-def carry_out(sweep: Sweep, make_context: MakeContext, progress: Progress) -> Mapping[str, str]:
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What was tried.
+
+    Attributes:
+        trials: those that ended well, each once, in the order in which they were chosen.
+        failures: reasons of the others, by label.
+    """
+
+    trials: tuple[Trial, ...]
+    failures: Mapping[str, str]
+
+
+def carry_out(sweep: Sweep, make_context: MakeContext, progress: Progress) -> Tried:
     """Prune, recover and score every trial, as many at a time as the sweep says.
 
     Args:
@@ -42,35 +59,56 @@ def carry_out(sweep: Sweep, make_context: MakeContext, progress: Progress) -> Ma
         make_context: gives a trial its surroundings, in a process of its own.
         progress: of the sweep.
 
-    Returns:
-        Reasons of the trials that failed, by label.
-
     Raises:
         ConfigError: others can write to Tune's folder.
     """
     os.environ.update(ENVIRONMENT)
     outcomes = sweep.folder / "trials"
+    tried: dict[Path, Trial] = {}
+    failures: dict[str, str] = {}
+    with progress.stage("trials", total=sweep.count, unit="trials") as bar, _following(outcomes, bar):
+        for experiment in experiments(sweep):
+            for config, reason in _results(sweep, experiment, make_context):
+                trial = experiment.trial(config)
+                if reason:
+                    failures[trial.label] = " ".join(str(reason).split())
+                else:
+                    tried[trial.folder] = trial  # a search may choose the same again
+    return Tried(tuple(tried.values()), failures)
+
+
+def _results(
+    sweep: Sweep, experiment: Experiment, make_context: MakeContext
+) -> Generator[tuple[Mapping[str, Any], object]]:
+    """What Tune chose, and why it failed if it did."""
+    outcomes, chosen = sweep.folder / "trials", experiment.trial
 
     def trial(config: dict[str, Any]) -> dict[str, Any]:
-        return _run(sweep.trials[config["number"]], make_context, outcomes)
+        return _run(chosen(config), make_context, outcomes)
 
-    tuner = _tuner(sweep, tune.with_resources(trial, TRIAL_RESOURCES))
-    with progress.stage("trials", total=len(sweep.trials), unit="trials") as bar, _following(outcomes, bar):
-        results = tuner.fit()
-    failures: dict[str, str] = {}
-    for one in results:
-        number = (one.config or {})["number"]
-        reason = one.error or (one.metrics or {}).get("error")
-        if reason:
-            failures[sweep.trials[number].label] = " ".join(str(reason).split())
-    return failures
+    for one in _tuner(sweep, experiment, tune.with_resources(trial, TRIAL_RESOURCES)).fit():
+        yield one.config or {}, one.error or (one.metrics or {}).get("error")
 
 
 def _run(trial: Trial, make_context: MakeContext, outcomes: Path) -> dict[str, Any]:
     """One trial in its process. An error of ours would come again, so Tune is not to try again."""
     path = outcomes / f"{trial.folder.name}.json"
-    if path.is_file() and "error" not in (there := files.read_json(path)):
-        return there  # done, but the driver died before Tune wrote that down
+    with _alone(path.with_suffix(".lock")):
+        if path.is_file() and "error" not in (there := files.read_json(path)):
+            return there  # done, but the driver died before Tune wrote that down, or chosen again by a search
+        return _try(trial, make_context, path)
+
+
+@contextmanager
+def _alone(path: Path) -> Generator[None]:
+    """Wait for another process that is at the same trial, which a search may choose twice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # the system lets go of it when the process dies
+        yield
+
+
+def _try(trial: Trial, make_context: MakeContext, path: Path) -> dict[str, Any]:
     try:
         context = make_context(trial)
         evaluations = prune_and_score(context)
@@ -79,12 +117,12 @@ def _run(trial: Trial, make_context: MakeContext, outcomes: Path) -> dict[str, A
     except CriaError as error:
         outcome = {"error": str(error)}
     files.write_json(path, outcome)
-    return outcome
+    return {"loss": math.nan, **outcome}
 
 
-def _tuner(sweep: Sweep, trainable: Any) -> tune.Tuner:
+def _tuner(sweep: Sweep, experiment: Experiment, trainable: Any) -> tune.Tuner:
     """A new one, or the one that was interrupted."""
-    folder = sweep.folder / "tune"
+    folder = sweep.folder / experiment.name
     if tune.Tuner.can_restore(str(folder)):
         _check_private(folder)
         return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, restart_errored=True)
@@ -92,8 +130,8 @@ def _tuner(sweep: Sweep, trainable: Any) -> tune.Tuner:
     folder.chmod(0o700)
     return tune.Tuner(
         trainable,
-        param_space={"number": tune.grid_search(list(range(len(sweep.trials))))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=sweep.concurrency, reuse_actors=True),
+        param_space=dict(experiment.space),
+        tune_config=tune.TuneConfig(max_concurrent_trials=sweep.concurrency, reuse_actors=True, **experiment.settings),
         run_config=tune.RunConfig(
             name=folder.name,
             storage_path=str(sweep.folder),

@@ -10,7 +10,7 @@ from cria_dist import arrays
 from cria_dist.errors import NumericError
 from cria_dist.maths import density
 from cria_dist.methods import Method, SiteStatistics
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, experts
 from cria_dist.models.family import family_of
 from cria_dist.records import Float64, Scores, Site
 from cria_dist.store.gates import Gates
@@ -97,7 +97,9 @@ class Analyst:
         signals = self._task.recording.signals(site) if "signals" in needs else {}
         output_NM = signals.pop("output", None)
         input_NM = np.concatenate(list(signals.values()), axis=1) if signals else None
-        weights = self._weights(site, width) if "weights" in needs else (None, None, None)
+        weights = (None, None, None)
+        if "weights" in needs:
+            weights = self._expert_weights(site, width) if site.part == experts.PART else self._weights(site, width)
         weight_norm_N, output_norm_N, output_DN = weights
         return SiteStatistics(
             width=width,
@@ -111,15 +113,29 @@ class Analyst:
             gate_N=None if self._task.gates is None else self._task.gates.read(site),
             seed=zlib.crc32(f"{self._task.seed}/{site.key}".encode()),
             span=self._family.span(site, self._config),
+            routed=site.part == experts.PART,
         )
+
+    def _expert_weights(self, site: Site, width: int) -> tuple[Float64, None, None]:
+        """Coupled norm of every expert: what goes in, together, times what goes out."""
+        output = self._family.modules(site).output
+        with checkpoint.open_tensors(self._task.model_dir) as tensors:
+            inputs_E, outputs_E = (
+                [
+                    sum(float(tensors.read(one).double().square().sum()) for one in names)
+                    for names in self._family.pieces(f"{output}.{leaf}", (width,))
+                ]
+                for leaf in experts.MAPS
+            )
+        return np.sqrt(np.multiply(inputs_E, outputs_E)), None, None
 
     def _weights(self, site: Site, width: int) -> tuple[Float64, Float64, Float64]:
         """Coupled norm of every unit (incoming rows together, times columns), norms of the columns, their map."""
         modules, stack = self._family.stored(site), self._family.stack(site)
         with checkpoint.open_tensors(self._task.model_dir) as tensors:
-            maps = [tensors.read(f"{name}.weight").double() for name in modules.inputs.values()]
+            names = [f"{name}.weight" for name in (*modules.inputs.values(), modules.output)]
+            *maps, output_DN = (self._family.oriented(tensors.read(name)).double() for name in names)
             squared_N = sum(one.square().sum(dim=1).numpy().reshape(stack, width, -1).sum((0, 2)) for one in maps)
-            output_DN = tensors.read(f"{modules.output}.weight").double()
         output_norm_N = output_DN.norm(dim=0).numpy()
         columns_N = output_norm_N
         if output_norm_N.size > width:

@@ -8,7 +8,7 @@ from cria_dist.config import PruneConfig, RunConfig
 from cria_dist.errors import ConfigError, PlanError
 from cria_dist.maths.allocation import uniform_widths, units_ratio_for_parameters
 from cria_dist.maths.allocation_rooms import Room, check_floors, even_widths, room
-from cria_dist.models import depth
+from cria_dist.models import depth, residual
 from cria_dist.models.attention import attention_shape
 from cria_dist.models.macs import macs_of_layers, macs_per_position
 from cria_dist.models.mlp import MlpFamily
@@ -102,8 +102,8 @@ def final_widths(
 
 
 def multiple_of(prune: PruneConfig, site: Site) -> int:
-    """New widths of a site are multiples of this: ``prune.multiple`` is for MLPs."""
-    return prune.multiple if site.part == "mlp" else 1
+    """New widths of a site are multiples of this: ``prune.multiple`` is for MLPs and the residual stream."""
+    return prune.multiple if site.part in ("mlp", *residual.PARTS) else 1
 
 
 def rooms_of(

@@ -4,8 +4,9 @@ import numpy as np
 
 from cria_dist.config import CorpusConfig, RunConfig
 from cria_dist.errors import ConfigError
+from cria_dist.methods.gates import GateMethod
 from cria_dist.methods.layers import LayerMethod
-from cria_dist.models.channels import ResnetCifarFamily
+from cria_dist.models.channels import ConvFamily
 from cria_dist.models.encoders import EncoderMlpFamily
 from cria_dist.models.mlp import MlpFamily, ModelDict, Takes
 from cria_dist.records import Stage
@@ -25,6 +26,12 @@ def check_takes(config: RunConfig, family: MlpFamily, model_config: ModelDict, u
     data = config.data
     for name in corpora_of(family.takes, data):
         _check_format(name, getattr(data, name), family)
+    for method in (config.method, *config.compare):
+        if isinstance(method, GateMethod) and method.scales_norms and not isinstance(family, ConvFamily):
+            raise ConfigError(
+                f"{method.title} learns in place of batch norm's scales, and model_type {family.model_type!r} has no "
+                "batch norm; set scaling of the method to signals"
+            )
     if family.takes != "tokens":
         _check_classifier(config, family, model_config, until)
 
@@ -47,17 +54,29 @@ def _check_format(name: str, corpus: CorpusConfig, family: MlpFamily) -> None:
 
 def _check_classifier(config: RunConfig, family: MlpFamily, model_config: ModelDict, until: Stage) -> None:
     data, what = config.data, f"model_type {family.model_type!r}"
-    for method in (config.method, *config.compare):
-        if method.unit != "mlp" and isinstance(family, ResnetCifarFamily):
-            raise ConfigError(
-                f"{method.title} does not prune {what}, which has inner channels; choose a method of neurons"
-            )
+    if isinstance(family, ConvFamily):
+        _check_channels(config, family, model_config)
     if data.labelled:
         class_names(model_config)  # or the model does not choose between classes
     else:
         _check_without_labels(config, what, until)
     if isinstance(family, EncoderMlpFamily) and data.sequence_length > (longest := family.longest(model_config)):
         raise ConfigError(f"data.sequence_length={data.sequence_length} is more than the model's {longest}; lower it")
+
+
+def _check_channels(config: RunConfig, family: ConvFamily, model_config: ModelDict) -> None:
+    methods, what = (config.method, *config.compare), f"model_type {family.model_type!r}"
+    for method in methods:
+        if method.unit == "layer":
+            raise ConfigError(
+                f"{method.title} does not prune {what}, which has inner channels; choose a method of neurons"
+            )
+    chained = any(one.chained for one in family.sites(model_config))
+    if chained and config.prune.budget == "parameters" and any(method.unit == "mlp" for method in methods):
+        raise ConfigError(
+            f"prune.budget=parameters adds up what the units of every site cost, and in {what} two sites share a map; "
+            "set prune.budget=units"
+        )
 
 
 def _check_without_labels(config: RunConfig, what: str, until: Stage) -> None:

@@ -9,9 +9,10 @@ from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.methods import Method
 from cria_dist.methods.gates import GateMethod
-from cria_dist.models import checkpoint
+from cria_dist.models import attention, checkpoint, residual
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.records import Site
+from cria_dist.stages.check_experts import check_experts, expert_tensors
 from cria_dist.stages.estimate import RECORDED, bytes_of_run
 from cria_dist.stages.footprint import in_units
 
@@ -69,18 +70,46 @@ def _check_gates(config: RunConfig, method: GateMethod) -> None:
 def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
     """What is to be removed must be known of the family, and of every method."""
     units = config.prune.units
-    unknown = sorted({*config.prune.parts} - {*family.parts})
+    unknown = sorted({*config.prune.parts} - {*family.parts, *residual.PARTS})
     if unknown:
         raise ConfigError(
             f"prune.units={list(units)}: of model_type {family.model_type!r}, {', '.join(family.parts)} can be pruned, "
             f"{unknown[0]} cannot; leave it out"
         )
-    other = [one.title for one in (config.method, *config.compare) if units != ("mlp",) and not one.scores_groups]
-    if other:
+    check_experts(config, family, model_config)
+    if residual.UNIT in units:
+        _check_residual(config, model_config)
+    other = [one.title for one in (config.method, *config.compare) if not one.scores_groups]
+    if other and units not in (("mlp",), (residual.UNIT,)):
         raise ConfigError(f"{other[0]} does not know prune.units={list(units)}; set it to mlp, or take another method")
+    if config.prune.budget == "kv_cache" and family.takes != "tokens":
+        raise ConfigError(
+            f"prune.budget=kv_cache is of models that write text, and model_type {family.model_type!r} takes "
+            f"{family.takes}; set prune.budget=units"
+        )
+    layers_go = "layer" in units or any(method.unit == "layer" for method in (config.method, *config.compare))
+    if layers_go and model_config.get("scale_attn_by_inverse_layer_idx"):
+        raise ConfigError(
+            "this model divides what a layer attends to by the layer's number (scale_attn_by_inverse_layer_idx), so no "
+            "layer can go; prune mlp or attention"
+        )
     if units != ("mlp",) and config.record.schedule == "tensor":
         raise ConfigError(
             f"record.schedule=tensor shares MLPs only, and prune.units={list(units)}; set record.schedule=auto"
+        )
+
+
+def _check_residual(config: RunConfig, model_config: Mapping[str, Any]) -> None:
+    if model_config["model_type"] not in residual.FAMILIES or attention.LAYER_KV_HEADS in model_config:
+        raise ConfigError(
+            f"prune.units=['residual'] is for {', '.join(residual.FAMILIES)} with layers alike, and model_type is "
+            f"{model_config['model_type']!r}; prune mlp or attention"
+        )
+    other = [one.title for one in (config.method, *config.compare) if not one.scores_residual]
+    if other:
+        raise ConfigError(
+            f"{other[0]} scores what one layer computes, and prune.units=['residual'] runs through all; take "
+            "method.name=activation or random"
         )
 
 
@@ -90,6 +119,7 @@ def check_tensors(model_dir: Path, family: MlpFamily, model_config: Mapping[str,
     wanted = [name for site in family.widths(model_config) for name in family.coupled_tensors(site, model_config)]
     if family.takes != "tokens":  # transformers would make up the head that a checkpoint of another task lacks
         wanted += [family.on_disk(name) for name, _ in checkpoint.empty_model(model_config).named_parameters()]
+    wanted += expert_tensors(family, model_config)
     missing = [name for name in wanted if name not in there]
     if missing:
         raise ConfigError(

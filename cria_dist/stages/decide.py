@@ -1,10 +1,11 @@
 """Decide: all scores and the budget become a plan in the numbering of the dense model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from cria_dist.maths.allocation_scores import shares
 from cria_dist.maths.importance import lowest, lowest_guarded
 from cria_dist.models.depth import removes_layers
 from cria_dist.records import PruningPlan, Scores
@@ -20,6 +21,12 @@ def select(scores: Scores, width: int) -> tuple[int, ...]:
         else lowest_guarded(scores.keep_N, count, scores.edges_E2)
     )
     return tuple(np.setdiff1d(np.arange(scores.keep_N.shape[0]), removed).tolist())
+
+
+def select_together(scores: Sequence[Scores], width: int) -> tuple[int, ...]:
+    """The surviving units of sites that share them: those with the largest sum of shares of the sites' scores."""
+    together_N = np.sum([shares(one.keep_N) for one in scores], axis=0)
+    return tuple(np.setdiff1d(np.arange(together_N.size), lowest(together_N, together_N.size - width)).tolist())
 
 
 def compose(survivors: Mapping[str, tuple[int, ...]], previous: PruningPlan | None) -> dict[str, tuple[int, ...]]:

@@ -9,27 +9,29 @@ from cria_dist.methods.weights import WeightMethod
 from cria_dist.models.macs import macs_per_position
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.records import PruningPlan, Site
+from cria_dist.stages.sparsify import map_sizes
 
 
 def zero_share(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any], dense_parameters: int) -> float:
-    """Share of the weights of the MLP's maps that become zero for ``prune.ratio`` of what ``prune.budget`` measures.
+    """Share of the weights of the units' maps that become zero for ``prune.ratio`` of what ``prune.budget`` measures.
 
     Raises:
         PlanError: nothing would be left of a map, or nothing would become zero.
     """
     ratio, budget = config.prune.ratio, config.prune.budget
-    length = family.positions(model_config, config.data.sequence_length)
-    widths = family.widths(model_config)
-    sizes = [family.unit_macs(site, model_config, length) * width for site, width in widths.items()]
-    totals = {"units": sum(sizes), "parameters": dense_parameters}
+    sizes = map_sizes(model_config)
+    weights, smallest = sum(sizes), min(sizes)
+    totals, held = {"units": weights, "parameters": dense_parameters}, weights
     if budget == "macs":
+        length = family.positions(model_config, config.data.sequence_length)
+        widths = family.widths(model_config)
+        held = sum(family.unit_macs(site, model_config, length) * width for site, width in widths.items())
         totals["macs"] = macs_per_position(model_config, family, length)
-    share = ratio * totals[budget] / sum(sizes)
-    smallest = min(sizes) // family.signals()
-    what = f"{sum(sizes):,} weights" if budget == "units" else f"all {totals[budget]:,} {budget}"
+    share = ratio * totals[budget] / held
+    what = f"{weights:,} weights" if budget == "units" else f"all {totals[budget]:,} {budget}"
     if round(share * smallest) >= smallest:
         raise PlanError(
-            f"prune.ratio={ratio:g} of {what} leaves nothing of the MLP's {sum(sizes):,} weights; lower prune.ratio"
+            f"prune.ratio={ratio:g} of {what} leaves nothing of the maps' {weights:,} weights; lower prune.ratio"
         )
     if not round(share * smallest):
         raise PlanError(f"prune.ratio={ratio:g} makes none of {smallest:,} weights of a map zero; raise prune.ratio")

@@ -5,6 +5,7 @@ Shapes: S sequences, T tokens, N predicted tokens (S * (T - 1)), C tokens of a c
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
@@ -14,8 +15,10 @@ from cria_dist.config import RecoverConfig
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.stages import recover_loss
+from cria_dist.stages.distil_hidden import Hidden, paired_states
 from cria_dist.stages.examples import Data, Examples
 from cria_dist.stages.recover_loss import Objective
+from cria_dist.stages.recover_shards import decode, load_shared
 
 CHUNK_LOGITS = 2**22
 """Logits of one model that exist at a time, 16 MiB in float32 whatever the vocabulary and the sequence."""
@@ -28,28 +31,49 @@ class Teacher:
     Attributes:
         model_dir: its checkpoint.
         dtype: data type it computes in; the student is trained in float32.
+        layers: its layers that the student has; None where it has all.
     """
 
     model_dir: Path
     dtype: str
+    layers: tuple[int, ...] | None = None
 
 
-def objective_of(config: RecoverConfig, teacher: Teacher | None, matmul: str, labelled: bool = False) -> Objective:
+def objective_of(
+    config: RecoverConfig, teacher: Teacher | None, matmul: str, labelled: bool = False, shared: bool = False
+) -> Objective:
     """What a recipe minimises on text or labelled examples; where it distils, the teacher is loaded beside the student.
+
+    Args:
+        config: recipe.
+        teacher: the dense model.
+        matmul: precision of its float32 matrix products.
+        labelled: whether examples have labels.
+        shared: whether the workers share the teacher out, as they do the student.
 
     Raises:
         ConfigError: the recipe distils and there is no teacher.
     """
-    if not config.distill:
+    if not config.distills:
         return recover_loss.cross_entropy
     if teacher is None:
-        raise ConfigError(f"recover.distill={config.distill} needs the dense model and none was given; set it to 0")
-    model = checkpoint.load_model(teacher.model_dir, checkpoint.Numerics(teacher.dtype, matmul))
-    return (LabelDistillation if labelled else Distillation)(model, config.distill, config.temperature)
+        name = "distill" if config.distill else "distill_hidden"
+        raise ConfigError(
+            f"recover.{name}={getattr(config, name)} needs the dense model and none was given; set it to 0"
+        )
+    numerics = checkpoint.Numerics(teacher.dtype, matmul)
+    model = (load_shared if shared else checkpoint.load_model)(teacher.model_dir, numerics)
+    if labelled:
+        return LabelDistillation(model, config.distill, config.temperature)
+    pairs = paired_states(teacher.layers, model.config.num_hidden_layers, config) if config.distill_hidden else ()
+    return Distillation(model, config.distill, config.temperature, Hidden(config.distill_hidden, pairs))
 
 
 class Distillation:
     """``(1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)``, means over the tokens.
+
+    To this comes ``hidden.weight`` times how far the hidden states are apart (:func:`relative_error`), a mean over the
+    pairs of states.
 
     Neither model's logits ever exist as a whole: hidden states, [S, T, D], are turned into logits, loss and gradient a
     chunk of tokens at a time. At the peak ten arrays [C, V] are alive, each of at most ``CHUNK_LOGITS`` numbers: 168 MB
@@ -59,15 +83,19 @@ class Distillation:
         teacher: the dense model; its parameters are frozen.
         weight: of the divergence, 0 to 1.
         temperature: both distributions are softened by it; its square keeps the gradients' size.
+        hidden: what is compared of the hidden states.
 
     *Source:* Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531, section 2 (soft targets as a divergence,
     which differs from their cross entropy by the teacher's entropy, a constant).
     """
 
-    def __init__(self, teacher: PreTrainedModel, weight: float, temperature: float) -> None:
+    def __init__(
+        self, teacher: PreTrainedModel, weight: float, temperature: float, hidden: Hidden | None = None
+    ) -> None:
         self._teacher = teacher.eval().requires_grad_(False)
         self._weight = weight
         self._temperature = temperature
+        self._hidden = hidden or Hidden(0.0, ())
 
     def __call__(self, student: PreTrainedModel, tokens_ST: Data, share: float) -> float:
         """Add the gradients of ``share`` times the loss; returns that share of the loss."""
@@ -75,7 +103,8 @@ class Distillation:
             raise TypeError("labelled examples have an objective of their own")
         tokens_ST = tokens_ST.to(student.device)
         targets_N = tokens_ST[:, 1:].flatten()
-        hidden_ND, taught_ND = hidden_states(student, tokens_ST), hidden_states(self._teacher, tokens_ST)
+        found, taught = (states(model, tokens_ST, self._hidden.weight > 0) for model in (student, self._teacher))
+        hidden_ND, taught_ND = (one.last_hidden_state.flatten(0, 1) for one in (found, taught))
         size = max(1, CHUNK_LOGITS // student.config.vocab_size)
         total, slopes_ND = torch.zeros((), device=student.device), torch.zeros_like(hidden_ND)
         parts = (hidden_ND.detach(), slopes_ND, taught_ND, targets_N)
@@ -85,12 +114,18 @@ class Distillation:
             loss = loss * (share / len(targets_N))
             loss.backward()  # as far as the hidden states, and into the head where it is trained
             total += loss.detach()
-        hidden_ND.backward(slopes_ND)
-        return float(total)
+        if not self._hidden.weight:
+            hidden_ND.backward(slopes_ND)
+            return float(total)
+        apart = share * self._hidden.loss(found.hidden_states, taught.hidden_states)
+        torch.autograd.backward([hidden_ND, apart], [slopes_ND, None])
+        return float(total + apart.detach())
 
     def _loss(self, student_CV: torch.Tensor, teacher_CV: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         """Sum over the tokens of a chunk."""
         exact = cross_entropy(student_CV, targets_C, reduction="sum")
+        if not self._weight:
+            return exact
         soft = divergence(student_CV, teacher_CV, self._temperature)
         return (1 - self._weight) * exact + self._weight * self._temperature**2 * soft
 
@@ -128,9 +163,12 @@ def divergence(student_CV: torch.Tensor, teacher_CV: torch.Tensor, temperature: 
     return kl_div(student_CV.log_softmax(-1), teacher_CV.log_softmax(-1), reduction="sum", log_target=True)
 
 
-def hidden_states(model: PreTrainedModel, tokens_ST: torch.Tensor) -> torch.Tensor:
-    """What the head reads to predict every token but the first, [N, D]."""
-    return model.base_model(input_ids=tokens_ST[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+def states(model: PreTrainedModel, tokens_ST: torch.Tensor, every: bool) -> Any:
+    """``last_hidden_state``, from which the head predicts every token but the first, [S, T - 1, D].
+
+    With ``every``, ``hidden_states`` too: what enters each layer, and what the head reads.
+    """
+    return decode(model, input_ids=tokens_ST[:, :-1], use_cache=False, output_hidden_states=every)
 
 
 def logits(model: PreTrainedModel, hidden_CD: torch.Tensor) -> torch.Tensor:

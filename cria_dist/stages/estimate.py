@@ -67,13 +67,12 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
     storage = bytes_of_run(config, model_config, family, work.sizes.parameters)
     forward, moments = flop(config, work)
     workers = workers_assumed(config)
+    widths = family.widths(model_config, config.prune.parts)
+    prunable = sum(width * family.unit_cost(site, model_config) for site, width in widths.items())
     return {
         "parameters": work.sizes.parameters,
-        "prunable_parameters": sum(
-            width * family.unit_cost(site, model_config)
-            for site, width in family.widths(model_config, config.prune.parts).items()
-        ),
-        "sites": len(family.widths(model_config, config.prune.parts)),
+        "prunable_parameters": prunable - family.removed_twice(model_config, {site.key: () for site in widths}),
+        "sites": len(widths),
         "units_per_site": widest,
         "calibration_tokens": config.data.calibration_sequences * work.length,
         "shards": num_shards(config),

@@ -77,7 +77,10 @@ class GradientTaker:
         stored = {family.on_disk(name): parameter for name, parameter in self._model.named_parameters()}
         self._widths = family.widths(config, task.parts)
         self._coupled = {
-            site: [(stored[name].requires_grad_(), dim) for name, dim in family.coupled_tensors(site, config).items()]
+            site: [
+                (stored[name].requires_grad_(), dim, family.maps_in(name, site))
+                for name, dim in family.coupled_tensors(site, config).items()
+            ]
             for site in self._widths
         }
 
@@ -109,8 +112,7 @@ class GradientTaker:
         return torch.from_numpy(tokens_ST.astype(np.int64))
 
     def _salience(self, shard: GradientShard, site: Site) -> Float64:
-        units, stack = self._widths[site], self._family.stack(site)
-        parts = [unit_salience(one, dim, units, stack if dim == 0 else 1) for one, dim in self._coupled[site]]
+        parts = [unit_salience(one, dim, self._widths[site], maps) for one, dim, maps in self._coupled[site]]
         values_N = torch.stack(parts).sum(dim=0).cpu().numpy()
         broken = values_N.size - np.isfinite(values_N).sum()
         if broken:
@@ -128,7 +130,7 @@ def unit_salience(parameter: torch.Tensor, dim: int, units: int, stack: int = 1)
         parameter: a tensor with its gradient.
         dim: the dimension the units lie along, each with the same number of rows.
         units: how many there are.
-        stack: maps one below the other, each with rows of every unit.
+        stack: maps one after the other, each with rows of every unit.
     """
     if parameter.grad is None:
         raise TypeError("the parameter took no part in the loss")

@@ -1,8 +1,9 @@
 """Learn: a gate per unit is trained on the calibration tokens. Plain PyTorch; who starts several workers is outside.
 
-The gates multiply what the output maps read. They are float64 while the model is float32: a sequence's gradient is the
-same on any worker, and float64 adds them up the same in any order, so the number of workers leaves no trace (with
-``variant = "all"`` up to the rounding of the maps' gradients). Shapes: S sequences, D tokens of one, N units of a site.
+The gates multiply what the output maps read, or are in the place of batch norm's scales. They are float64 while the
+model is float32: a sequence's gradient is the same on any worker, and float64 adds them up the same in any order, so
+the number of workers leaves no trace (with ``variant = "all"`` up to the rounding of the maps' gradients). Shapes: S
+sequences, D tokens of one, N units of a site.
 """
 
 import math
@@ -11,15 +12,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cria_dist.config import RecoverConfig
-from cria_dist.errors import NumericError
+from cria_dist.errors import ConfigError, NumericError
 from cria_dist.methods.gates import GateMethod
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
-from cria_dist.records import Site
-from cria_dist.stages.examples import Data
+from cria_dist.models.mlp import ModelDict
+from cria_dist.records import Float64, Site
+from cria_dist.stages.examples import Data, Examples, read_examples
+from cria_dist.stages.norms import Norm, measured_norms, rescaled
 from cria_dist.stages.recover_data import sequence_order, training_data
 from cria_dist.stages.recover_log import append_log, cut_log
 from cria_dist.stages.recover_loss import mean_loss
@@ -94,11 +98,7 @@ class GatedModel:
         family = family_of(config)
         numerics = checkpoint.Numerics("float32", task.matmul)
         self._model = checkpoint.load_model(task.model_dir, numerics).requires_grad_(False)
-        self.learned: dict[Site, torch.Tensor] = {}
-        for site, width in family.widths(config).items():
-            self.learned[site] = torch.full((width,), task.method.start, dtype=torch.float64, device=self._model.device)
-            output = self._model.get_submodule(family.modules(site).output)
-            output.register_forward_pre_hook(self._scaling(self.learned[site].requires_grad_()))
+        self.learned = self._attached(task, config)
         maps: list[torch.nn.Parameter] = []
         if task.method.variant == "all":
             coupled = {name for site in self.learned for name in family.coupled_tensors(site, config)}
@@ -132,6 +132,26 @@ class GatedModel:
         self._optimizer.step()
         return float(total), float(penalty.detach())
 
+    def _attached(self, task: LearnTask, config: ModelDict) -> dict[Site, torch.Tensor]:
+        """What the gates are computed from, and gates in the model."""
+        family, norms = family_of(config), dict[Site, Norm]()
+        widths = family.widths(config)
+        if task.method.scales_norms:
+            made = {site: family.modules(site).inputs["input"] for site in widths}
+            norms = measured_norms(self._model, made, examples_of(task))
+        learned: dict[Site, torch.Tensor] = {}
+        for site, width in widths.items():
+            norm, modules = norms.get(site), family.modules(site)
+            start_N = torch.from_numpy(task.method.starts(norm.share_N if norm else np.ones(width)))
+            learned[site] = start_N.to(self._model.device, copy=True).requires_grad_()
+            if norm is None:
+                output = self._model.get_submodule(modules.output)
+                output.register_forward_pre_hook(self._scaling(learned[site]))
+            else:
+                hook = self._rescaling(learned[site], norm.shift_N)
+                self._model.get_submodule(modules.inputs["input"]).register_forward_hook(hook)
+        return learned
+
     def _scaling(self, learned_N: torch.Tensor) -> Callable[..., tuple[torch.Tensor]]:
         def hook(_module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             (signal,) = args
@@ -139,6 +159,25 @@ class GatedModel:
             return (signal * gate_N.repeat_interleave(signal.shape[-1] // len(gate_N)),)  # a unit may have several
 
         return hook
+
+    def _rescaling(self, learned_N: torch.Tensor, shift_N: Float64) -> Callable[..., torch.Tensor]:
+        start_N = self._method.gate(learned_N.detach().clone())
+
+        def hook(_module: torch.nn.Module, _args: object, signal: torch.Tensor) -> torch.Tensor:
+            return rescaled(signal, self._method.gate(learned_N) / start_N, shift_N)
+
+        return hook
+
+
+def examples_of(task: LearnTask) -> Examples:
+    """The examples of a classifier.
+
+    Raises:
+        ConfigError: it has no labels, or writes text.
+    """
+    if task.labels_path is None:
+        raise ConfigError(f"{task.method.title} learns from labelled images; set data.calibration.label")
+    return read_examples(task.tokens_path, task.labels_path)
 
 
 def add_up(tensors: Iterable[torch.Tensor], place: Place) -> None:

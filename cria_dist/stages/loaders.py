@@ -72,7 +72,8 @@ def verdicts(directory: Path, model: torch.nn.Module, tokens_path: Path) -> dict
 
 
 def _vllm(config: Mapping[str, Any]) -> str:
-    if config["model_type"] not in FAMILIES or family_of(config).takes == "images":
+    unserved = config["model_type"] not in FAMILIES or config["model_type"] == "distilbert"
+    if unserved or family_of(config).takes == "images":
         return "no: it is not known to serve this family"
     if not layers_differ(config):
         return "by rule: it serves the stock class of this family, which this is"

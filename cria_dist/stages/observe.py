@@ -50,13 +50,12 @@ class SiteObserver(Observer):
         self._broken.zero_()
         self._gram.clear()
 
-    def input_hook(self, name: str, units: int = 1, stack: int = 1) -> Callable[..., None]:
+    def input_hook(self, *names: str | None, units: int = 1) -> Callable[..., None]:
         """Hook for a linear map whose output is a pre-activation signal.
 
-        A head of values is read by several query heads: its signal is repeated for each of them. A map that is
-        ``stack`` maps in one has as many signals.
+        A head of values is read by several query heads: its signal is repeated for each of them. A map that is several
+        maps in one has as many signals, of which those without a name are not kept.
         """
-        names = [name] if stack == 1 else [f"{name}.{index}" for index in range(stack)]
 
         def hook(_module: torch.nn.Module, _args: object, output: torch.Tensor) -> None:
             size, signal_TU = len(self.total_U), output.reshape(-1, output.shape[-1])
@@ -64,7 +63,8 @@ class SiteObserver(Observer):
                 heads = signal_TU.unflatten(1, (units, 1, -1))
                 signal_TU = heads.expand(-1, -1, times, -1).flatten(1)
             for part, map_TU in zip(names, signal_TU.split(size, dim=1), strict=True):
-                self._keep(part, map_TU)
+                if part is not None:
+                    self._keep(part, map_TU)
 
         return hook
 

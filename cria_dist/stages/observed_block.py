@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cria_dist.models import depth
+from cria_dist.models import depth, experts
 from cria_dist.models.blocks import Block, BlockModel
 from cria_dist.models.checkpoint import Numerics, read_config
 from cria_dist.models.family import family_of
@@ -19,6 +19,7 @@ from cria_dist.models.ranks import Ranks
 from cria_dist.models.tensor_parallel import TensorParallelModel
 from cria_dist.records import Site
 from cria_dist.stages.observe import SiteObserver
+from cria_dist.stages.observe_experts import ExpertsObserver
 from cria_dist.stages.observe_hidden import HiddenObserver
 from cria_dist.stages.observer import Observer
 from cria_dist.stages.sample import Sample
@@ -63,10 +64,11 @@ class ObservedBlock:
             if block.first <= site.layer < block.stop:
                 width, modules = units * family.span(site, config), family.modules(site)
                 held = ranks.units(width)
-                observer = SiteObserver(Slice(held.start, held.stop), width, dtype, self._model.device, ranks.whole)
+                kind = ExpertsObserver if site.part == experts.PART else SiteObserver
+                observer = kind(Slice(held.start, held.stop), width, dtype, self._model.device, ranks.whole)
                 for name in modules.recorded:
-                    hook = observer.input_hook(name, units, family.stack(site))
-                    self._model.module(modules.inputs[name]).register_forward_hook(hook)
+                    hook = observer.input_hook(*family.signal_names(site, name), units=units)
+                    self._model.module(modules.seen_at(name)).register_forward_hook(hook)
                 self._model.module(modules.output).register_forward_pre_hook(observer.output_hook)
                 self._model.module(f"{family.layers}.{site.layer}").register_forward_hook(observer.layer_hook)
                 self.observers[site] = observer

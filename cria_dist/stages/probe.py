@@ -13,6 +13,8 @@ import torch
 from cria_dist.config import RunConfig
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import Block
+from cria_dist.models.channels import ConvFamily
+from cria_dist.models.family import family_of
 from cria_dist.stages import boundary
 from cria_dist.stages.footprint import Workload
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
@@ -94,11 +96,26 @@ def _task(config: RunConfig, work: Workload, directory: Path, folder: Path, sequ
 def _seconds(recorder: Recorder, task: RecordTask, work: Workload, item: ShardWork) -> float:
     if not item.block.is_first:
         sequences = task.shard_sequences // (1 + item.shard)
-        hidden_STD = torch.randn(sequences, work.length, work.sizes.hidden, dtype=getattr(torch, task.numerics.dtype))
+        hidden_STD = torch.randn(
+            sequences, *_state_shape(work, item.block.first), dtype=getattr(torch, task.numerics.dtype)
+        )
         boundary.write(task.recording, item.block.first, item.shard, hidden_STD)
     started = time.perf_counter()
     recorder(item)
     return time.perf_counter() - started
+
+
+def _state_shape(work: Workload, layer: int) -> tuple[int, ...]:
+    """Positions and width of the hidden states before a layer; those of convolutional nets differ."""
+    family = family_of(work.model_config)
+    if not isinstance(family, ConvFamily):
+        return work.length, work.sizes.hidden
+    model, seen = checkpoint.empty_model(work.model_config), list[torch.Size]()
+    model.get_submodule(f"{family.layers}.{layer}").register_forward_pre_hook(
+        lambda _module, args: seen.append(args[0].shape)
+    )
+    model(pixel_values=torch.empty(1, *work.input_shape, device="meta"))
+    return tuple(seen[0][1:])
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Recover: a short fine-tuning of the pruned model. Plain PyTorch; who starts several workers is outside.
 
 Its parts: ``recover_model`` (what learns), ``recover_data`` (order), ``recover_step`` (one optimiser step),
-``recover_loss`` and ``distil`` (what is minimised), ``recover_watch`` (when to stop), ``recover_state`` (checkpoints),
-``recover_log`` (loss per step).
+``recover_loss``, ``distil`` and ``distil_hidden`` (what is minimised), ``recover_watch`` (when to stop),
+``recover_state`` (checkpoints), ``recover_shards`` (parameters shared out over the workers), ``recover_log`` (loss per
+step).
 """
 
 import math
@@ -23,6 +24,7 @@ from cria_dist.stages.recover_data import sequence_order, training_data
 from cria_dist.stages.recover_log import append_log, cut_log, following, read_log
 from cria_dist.stages.recover_loss import Objective, next_token_loss
 from cria_dist.stages.recover_model import Learning, merged_state, stored_names
+from cria_dist.stages.recover_shards import is_shared, load_shared, write_like
 from cria_dist.stages.recover_state import TrainState
 from cria_dist.stages.recover_step import Place, learning_rate, optimise
 from cria_dist.stages.recover_watch import held_out_loss, is_over, split
@@ -63,11 +65,11 @@ class RecoverTask:
 
 
 Checkpoint = Callable[[int, Callable[[Path], None]], None]
-"""Called on every rank with the step; rank 0's writer fills a folder."""
+"""Called on every rank with the step and a writer, which every rank gives a folder and rank 0 fills."""
 
 
 def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint: Checkpoint) -> None:
-    """Fine-tune and, on rank 0, write the recovered checkpoint.
+    """Fine-tune and write the recovered checkpoint; rank 0 writes, and with ``fsdp2`` all gather what is written.
 
     Args:
         task: what to train.
@@ -80,8 +82,9 @@ def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint:
         NumericError: the loss is not finite.
     """
     config = task.config
-    objective = objective_of(config, task.teacher, task.matmul, task.labels_path is not None)
-    model = student(task)
+    shared = config.strategy == "fsdp2" and place.world > 1
+    objective = objective_of(config, task.teacher, task.matmul, task.labels_path is not None, shared)
+    model = student(task, shared)
     learner = Learner(model, TrainState(model, config), objective, config, place)
     start = learner.state.load(resume) if resume is not None else 0
     if place.rank == 0:
@@ -99,18 +102,34 @@ def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint:
         if "held_out" in found and is_over(learner.state, found["held_out"], config.patience):
             break
         if at_checkpoint and step + 1 < config.steps:
-            save_checkpoint(step + 1, lambda folder, done=step + 1: learner.state.save(folder, done))
+            save_checkpoint(step + 1, lambda folder, done=step + 1: learner.state.save(folder, done, place.rank))
     learner.state.take_best()
-    if place.rank == 0:
+    _write(task, model, place)
+
+
+def _write(task: RecoverTask, model: PreTrainedModel, place: Place) -> None:
+    """The recovered checkpoint, by the first worker."""
+    if is_shared(model):
+        write_like(task.model_dir, task.target, merged_state(model), place.rank)
+    elif place.rank == 0:
         checkpoint.write_like(task.model_dir, task.target, merged_state(model))
 
 
-def student(task: RecoverTask) -> PreTrainedModel:
-    """The pruned model with what shall learn ready to learn; dropout is off, for what it draws depends on workers."""
-    model = checkpoint.load_model(task.model_dir, checkpoint.Numerics("float32", task.matmul))
+def student(task: RecoverTask, shared: bool = False) -> PreTrainedModel:
+    """The pruned model with what shall learn ready to learn, whole or shared out over the workers.
+
+    Dropout is off, for what it draws depends on the number of workers.
+    """
+    numerics = checkpoint.Numerics("float32", task.matmul)
+    learning = Learning(task.config, task.parts, task.seed)
+    if shared:
+        model = load_shared(task.model_dir, numerics, learning.prepare, task.config.dtype == "bfloat16")
+    else:
+        model = checkpoint.load_model(task.model_dir, numerics)
     in_memory = {on_disk: name for name, on_disk in stored_names(model).items()}
     hold_zeros(model, [in_memory[name] for name in task.held])
-    Learning(task.config, task.parts, task.seed).prepare(model)
+    if not shared:
+        learning.prepare(model)
     return model
 
 

@@ -8,7 +8,9 @@ from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
 from cria_dist.errors import ConfigError
+from cria_dist.models.experts import taken_apart
 from cria_dist.models.family import family_of
+from cria_dist.models.macs import MAPS
 
 ALPHA = 2.0
 """Weight of an adapter, over its rank's part of the initial scale: that of the peft library's ``lora_alpha = 2 r``."""
@@ -61,14 +63,20 @@ class Learning:
             from peft import LoraConfig, inject_adapter_in_model
         except ModuleNotFoundError as error:
             raise ConfigError("recover.lora_rank needs peft; pip install 'cria-dist[lora]'") from error
-        layers = f"{family_of(model.config.to_dict()).layers}."
+        family = family_of(model.config.to_dict())
         maps = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module.weight.requires_grad and name.startswith(layers)
+            if isinstance(module, MAPS) and module.weight.requires_grad and name.startswith(f"{family.layers}.")
         ]
         rank = self.config.lora_rank
-        adapters = LoraConfig(r=rank, lora_alpha=round(ALPHA * rank), lora_dropout=0.0, target_modules=maps)
+        adapters = LoraConfig(
+            r=rank,
+            lora_alpha=round(ALPHA * rank),
+            lora_dropout=0.0,
+            target_modules=maps,
+            fan_in_fan_out=family.transposed,
+        )
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)  # the same adapters on every worker
             inject_adapter_in_model(adapters, model)
@@ -97,9 +105,11 @@ def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.merge()  # pyright: ignore[reportCallIssue]  (peft's, which has no types)
-    family = family_of(model.config.to_dict())
-    return {
-        family.on_disk(name.replace(".base_layer.", ".")): tensor
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
-    }
+    family, state = family_of(model.config.to_dict()), dict[str, torch.Tensor]()
+    for key, tensor in model.state_dict().items():
+        if ".lora_" in key:
+            continue
+        name = key.replace(".base_layer.", ".")
+        pieces = family.pieces(name, tensor.shape)
+        state |= taken_apart(pieces, tensor) if pieces else {family.on_disk(name): tensor}
+    return state

@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
+from cria_dist.stages.recover_shards import fill, write_together
 
 WEIGHT_DECAY = 0.01
+STATE = "state.safetensors"
 
 
 class TrainState:
-    """Model and AdamW moments, saved as safetensors (no pickle on shared storage).
+    """Model and AdamW moments, saved as safetensors (no pickle on shared storage), whole for any number of workers.
 
     Attributes:
         trained: parameters that learn, by name.
@@ -33,7 +36,10 @@ class TrainState:
 
     def remember(self, loss: float) -> None:
         """Keep a copy of the parameters: nothing was better."""
-        self.best = {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+        self.best = {
+            name: parameter.detach().clone() if isinstance(parameter, DTensor) else parameter.detach().cpu().clone()
+            for name, parameter in self.trained.items()
+        }
         self.best_loss, self.waited = loss, 0
 
     def take_best(self) -> None:
@@ -42,8 +48,8 @@ class TrainState:
             for name, values in (self.best or {}).items():
                 self.trained[name].copy_(values)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write trained parameters and optimiser moments."""
+    def save(self, folder: Path, step: int, rank: int = 0) -> None:
+        """Write trained parameters and optimiser moments; all workers call this, and the first one writes."""
         tensors: dict[str, torch.Tensor] = {"step": torch.tensor([step])}
         for name, parameter in self.trained.items():
             moments = self.optimizer.state[parameter]
@@ -55,21 +61,22 @@ class TrainState:
         if self.best is not None:
             tensors |= {f"best.{name}": values for name, values in self.best.items()}
             tensors["watched"] = torch.tensor([self.best_loss, self.waited], dtype=torch.float64)
-        save_file(tensors, folder / "state.safetensors")
+        write_together(folder / STATE, tensors, rank)
 
     def load(self, folder: Path) -> int:
-        """Restore what :meth:`save` wrote; returns the step."""
-        tensors = load_file(folder / "state.safetensors")
-        step = int(tensors["step"][0])
-        with torch.no_grad():
+        """Restore what :meth:`save` wrote with any number of workers; returns the step."""
+        with safe_open(folder / STATE, framework="pt") as file:
+            step = int(file.get_tensor("step")[0])
             for name, parameter in self.trained.items():
-                parameter.copy_(tensors[f"parameter.{name}"])
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": tensors[f"first.{name}"].to(parameter),
-                    "exp_avg_sq": tensors[f"second.{name}"].to(parameter),
-                }
-        if "watched" in tensors:
-            self.best = {name: tensors[f"best.{name}"] for name in self.trained}
-            self.best_loss, self.waited = float(tensors["watched"][0]), int(tensors["watched"][1])
+                moments = [torch.empty_like(parameter) for _ in range(2)]
+                for target, kind in zip((parameter.detach(), *moments), ("parameter", "first", "second"), strict=True):
+                    fill(target, file.get_tensor(f"{kind}.{name}"))
+                state = {"step": torch.tensor(float(step)), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+                self.optimizer.state[parameter] = state
+            if "watched" in file.keys():  # noqa: SIM118  (a file, not a mapping)
+                best_loss, waited = file.get_tensor("watched").tolist()
+                self.remember(best_loss)
+                self.waited = int(waited)
+                for name, values in (self.best or {}).items():
+                    fill(values, file.get_tensor(f"best.{name}"))
         return step

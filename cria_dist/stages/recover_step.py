@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
@@ -70,7 +71,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter], place: Place) ->
     if place.world == 1:
         return
     for parameter in parameters:
-        if parameter.grad is not None:
+        if parameter.grad is not None and not isinstance(parameter, DTensor):  # those it averages as it shares them out
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= place.world
 

@@ -1,7 +1,10 @@
 """Weights that are zero stay zero while the others are trained."""
 
+import functools
 from collections.abc import Collection
 
+import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -18,4 +21,12 @@ def hold_zeros(model: PreTrainedModel, names: Collection[str]) -> None:
         parameter = model.get_parameter(name)
         if parameter.requires_grad:
             there = parameter.detach() != 0
-            parameter.register_hook(lambda gradient, there=there: gradient * there)
+            if isinstance(parameter, DTensor):  # its gradient is not autograd's but what the workers add up
+                parameter.register_post_accumulate_grad_hook(functools.partial(_mask_gradient, there))
+            else:
+                parameter.register_hook(lambda gradient, there=there: gradient * there)
+
+
+def _mask_gradient(there: torch.Tensor, parameter: torch.Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad *= there

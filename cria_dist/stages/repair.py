@@ -13,8 +13,8 @@ from safetensors.torch import save
 from cria_dist.config import Repair
 from cria_dist.errors import NumericError
 from cria_dist.files import write_bytes
-from cria_dist.maths.repair import least_squares, mean_bias
-from cria_dist.models import checkpoint
+from cria_dist.maths.repair import least_squares, mean_bias, norm_scale
+from cria_dist.models import checkpoint, residual
 from cria_dist.models.family import family_of
 from cria_dist.records import Site
 from cria_dist.store.recording import Recording
@@ -58,26 +58,45 @@ class Repairer:
             NumericError: the moments are not finite.
             DataError: a recorded file is missing or damaged.
         """
+        task = self._task
+        try:
+            replaced = self._stream(site) if site.part in residual.PARTS else self._output_map(site)
+        except NumericError as error:
+            raise NumericError(f"{site.key}: {error}") from error
+        stored = {name: tensor.contiguous() for name, tensor in replaced.items()}
+        write_bytes(task.folder / f"{site.key}.safetensors", save(stored, metadata={"digest": task.digest}))
+        return site.key
+
+    def _output_map(self, site: Site) -> dict[str, torch.Tensor]:
+        """The site's output map without what is gone."""
         task, output = self._task, self._family.stored(site).output
         with checkpoint.open_tensors(task.model_dir) as tensors:
-            stored_DN = tensors.read(f"{output}.weight")
+            stored_DN = self._family.oriented(tensors.read(f"{output}.weight"))
             biased = site.part == "mlp" and self._family.has_bias(self._config)
             bias_D = tensors.read(f"{output}.bias") if biased else None
         weight_DN = stored_DN.double().numpy()
         moments = task.recording.moments(site)
         kept_S = signals_of(task.kept[site.key], self._family.span(site, self._config))
-        replaced: dict[str, torch.Tensor] = {}
-        try:
-            if task.kind == "least_squares":
-                replaced[f"{output}.weight"] = torch.from_numpy(least_squares(weight_DN, moments, kept_S, task.ridge))
-            else:
-                shift_D = torch.from_numpy(mean_bias(weight_DN, moments, kept_S))
-                replaced[f"{output}.bias"] = shift_D if bias_D is None else shift_D + bias_D.double()
-        except NumericError as error:
-            raise NumericError(f"{site.key}: {error}") from error
-        stored = {name: tensor.to(stored_DN.dtype).contiguous() for name, tensor in replaced.items()}
-        write_bytes(task.folder / f"{site.key}.safetensors", save(stored, metadata={"digest": task.digest}))
-        return site.key
+        if task.kind == "least_squares":
+            solved_DS = torch.from_numpy(least_squares(weight_DN, moments, kept_S, task.ridge))
+            return {f"{output}.weight": self._family.oriented(solved_DS).to(stored_DN.dtype)}
+        shift_D = torch.from_numpy(mean_bias(weight_DN, moments, kept_S))
+        bias_D = shift_D if bias_D is None else shift_D + bias_D.double()
+        return {f"{output}.bias": bias_D.to(stored_DN.dtype)}
+
+    def _stream(self, site: Site) -> dict[str, torch.Tensor]:
+        """The maps that read the residual stream without the dimensions that are gone, and the norm before them."""
+        task, norms = self._task, residual.norms(self._family.layers, site, self._config)
+        with checkpoint.open_tensors(task.model_dir) as tensors:
+            read = {name: tensors.read(name) for name in self._family.solved(site, self._config)}
+        gains = {name: read.pop(name) for name in norms}
+        moments, kept_S = task.recording.moments(site), np.asarray(task.kept[site.key], dtype=np.int64)
+        scale = norm_scale(gains[norms[0]].double().numpy(), moments, kept_S)
+        rows_DN = torch.cat([*read.values()]).double().numpy()
+        solved_DS = torch.from_numpy(least_squares(rows_DN, moments, kept_S, task.ridge))
+        solved = solved_DS.split([len(one) for one in read.values()])
+        replaced = {name: one.to(read[name].dtype) for name, one in zip(read, solved, strict=True)}
+        return replaced | {name: (gain[kept_S].double() * scale).to(gain.dtype) for name, gain in gains.items()}
 
 
 def signals_of(kept: Sequence[int], span: int) -> NDArray[np.int64]:

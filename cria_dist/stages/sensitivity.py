@@ -79,7 +79,7 @@ class _Meter:
         output = cast(torch.nn.Linear, self._tail.model.get_submodule(self._family.modules(site).output))
         dense = {name: getattr(output, name) for name in ("weight", "bias")}
         kept_S = signals_of(select(read_scores(self._task.folder, site), width), self._span(site))
-        weight_DN = dense["weight"].detach().double().cpu().numpy()
+        weight_DN = self._family.oriented(dense["weight"].detach()).double().cpu().numpy()
         pruned_DN, shift_D = np.zeros_like(weight_DN), None
         pruned_DN[:, kept_S] = weight_DN[:, kept_S]
         if moments is not None and self._task.repair == "bias":
@@ -87,7 +87,7 @@ class _Meter:
         elif moments is not None:
             pruned_DN[:, kept_S] = least_squares(weight_DN, moments, kept_S, self._task.ridge)
         try:
-            output.weight = _parameter(pruned_DN, dense["weight"])
+            output.weight = _parameter(self._family.oriented(pruned_DN), dense["weight"])
             if shift_D is not None:
                 bias = dense["bias"]
                 output.bias = _parameter(

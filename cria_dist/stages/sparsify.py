@@ -1,8 +1,12 @@
 """Sparsify: single weights of a site's maps become zero, and what that does to their spectra is measured.
 
+A convolution is sparsified as the linear map of patches it is stored as. The spectrum of that matrix bounds the one of
+the convolution on a grid, whose error is measured too.
+
 Shapes: O outputs, I inputs of a linear map, N neurons.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ from safetensors.torch import save
 
 from cria_dist.errors import NumericError
 from cria_dist.files import write_bytes
-from cria_dist.maths.sampling import Sparsification, sparsified, spectral_errors
+from cria_dist.maths.sampling import Sparsification, convolution_error, sparsified, spectral_errors
 from cria_dist.methods.weights import WeightMethod
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
@@ -65,28 +69,28 @@ class Sparsifier:
         Raises:
             NumericError: weights are not finite, or all zero.
         """
-        task, names = self._task, map_names(self._config, site)
-        width = self._family.widths(self._config)[site]
+        task, family, width = self._task, self._family, self._family.widths(self._config)[site]
+        taps = family.taps(site, self._config)
         sparse: dict[str, torch.Tensor] = {}
         measured: list[dict[str, float]] = []
         left_N, all_N = np.zeros(width), np.zeros(width)
         with checkpoint.open_tensors(task.model_dir) as tensors:
-            for name, unit_axis in names.items():
-                stored_OI = tensors.read(name)
+            for name, unit_axis in map_names(self._config, site).items():
+                stored_OI, maps = tensors.read(name), family.maps_in(name, site)
                 try:
-                    sparse[name], facts = self._sparsify(name, stored_OI)
+                    sparse[name], facts = self._sparsify(name, stored_OI, taps.get(name, 1))
                 except NumericError as error:
                     raise NumericError(f"{site.key}, {name}: {error}") from error
                 measured.append(facts)
-                left_N += _squares(sparse[name], unit_axis)
-                all_N += _squares(stored_OI, unit_axis)
+                left_N += _squares(sparse[name], unit_axis).reshape(maps, width, -1).sum((0, 2))
+                all_N += _squares(stored_OI, unit_axis).reshape(maps, width, -1).sum((0, 2))
         facts, share_N = _of_site(measured), np.divide(left_N, all_N, out=np.zeros(width), where=all_N > 0)
-        cost_N = np.full(width, self._family.unit_cost(site, self._config), dtype=np.int64)
+        cost_N = np.full(width, family.unit_cost(site, self._config), dtype=np.int64)
         write_scores(task.folder, Scores(site, share_N, cost_N, facts=facts), task.digest)
         write_bytes(task.folder / MASKS / f"{site.key}.safetensors", save(sparse, metadata={"digest": task.digest}))
         return site.key
 
-    def _sparsify(self, name: str, stored_OI: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    def _sparsify(self, name: str, stored_OI: torch.Tensor, taps: int) -> tuple[torch.Tensor, dict[str, float]]:
         task, weight_OI = self._task, stored_OI.double().numpy()
         zeros = round(task.share * weight_OI.size)
         seed = zlib.crc32(f"{task.seed}/{name}".encode())
@@ -96,25 +100,42 @@ class Sparsifier:
         for prefix, found_OI in (("", kept_OI.double().numpy()), ("magnitude_", by_size_OI)):
             distance, singular = spectral_errors(weight_OI, found_OI, TOP)
             facts |= {f"{prefix}spectral_error": distance, f"{prefix}top_{TOP}_error": singular}
+            if taps > 1:
+                facts[f"{prefix}convolution_error"] = convolution_error(weight_OI, found_OI, math.isqrt(taps))
         return kept_OI, facts
 
 
 def _squares(weight_OI: torch.Tensor, unit_axis: int) -> Float64:
-    """Sum of the squared weights of every neuron, [N]."""
+    """Sums of the squared weights along the other axis."""
     return weight_OI.double().square().sum(dim=1 - unit_axis).numpy()
 
 
 def _of_site(measured: list[dict[str, float]]) -> dict[str, float]:
     """Sums of counts, and of every error that of the map with the largest."""
     counts = {name: sum(one[name] for one in measured) for name in ("zeros", "weights")}
-    errors = {name: max(one[name] for one in measured) for name in measured[0] if name not in counts}
+    names = dict.fromkeys(name for one in measured for name in one if name not in counts)
+    errors = {name: max(one[name] for one in measured if name in one) for name in names}
     return {**counts, "sparsity": counts["zeros"] / counts["weights"], **errors}
 
 
 def map_names(model_config: Mapping[str, object], site: Site) -> dict[str, int]:
-    """Names of the weights of a site's maps in checkpoints, with the dimension its neurons lie along; no biases."""
-    tensors = family_of(model_config).coupled_tensors(site, model_config)
-    return {name: axis for name, axis in tensors.items() if name.endswith(".weight")}
+    """Names of the weights of a site's maps in checkpoints, with the dimension its neurons lie along; no biases.
+
+    A map between two sites belongs to the one whose units it makes.
+    """
+    family = family_of(model_config)
+    output = family.stored(site).output
+    made = {name for one in family.widths(model_config) for name in family.stored(one).inputs.values()}
+    shared = f"{output}.weight" if output in made else None
+    tensors = family.coupled_tensors(site, model_config)
+    return {name: axis for name, axis in tensors.items() if name.endswith(".weight") and name != shared}
+
+
+def map_sizes(model_config: Mapping[str, object]) -> list[int]:
+    """Weights of every map that a weight method puts zeros into."""
+    family, model = family_of(model_config), checkpoint.empty_model(model_config)
+    sizes = {family.on_disk(name): parameter.numel() for name, parameter in model.named_parameters()}
+    return [sizes[name] for site in family.widths(model_config) for name in map_names(model_config, site)]
 
 
 def is_sparsified(task: SparsifyTask, site: Site) -> bool:

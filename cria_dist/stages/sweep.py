@@ -1,4 +1,4 @@
-"""A sweep as a list of trials: ordinary runs of one configuration with different overrides.
+"""A sweep as trials, a list or those a search chooses: ordinary runs of one configuration with different overrides.
 
 A trial is what ``cria prune CONFIG key=value ...`` does with the values the trial stands for, in the same run folder:
 trials share recordings and scores as any two runs do, and a run that exists already is not computed again.
@@ -7,12 +7,15 @@ trials share recordings and scores as any two runs do, and a run that exists alr
 import itertools
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from cria_dist import config_file, files
 from cria_dist.config import RunConfig
+from cria_dist.config.sweep import Choice, Range, SweepConfig
 from cria_dist.errors import ConfigError
 from cria_dist.stages.prepare import run_folder
 
@@ -48,23 +51,85 @@ AFTER_SCORING = ("prune", "recover", "evaluate")
 
 
 @dataclass(frozen=True, slots=True)
+class Search:
+    """Trials of one combination of the grid, each chosen after others are known.
+
+    Attributes:
+        path: configuration file.
+        overrides: those of the command line.
+        point: those of the combination.
+        choices: what is chosen, by key.
+        count: number of trials.
+    """
+
+    path: str
+    overrides: tuple[str, ...]
+    point: tuple[str, ...]
+    choices: Mapping[str, Choice]
+    count: int
+
+    def trial(self, values: Mapping[str, Any]) -> Trial:
+        """The trial with these values of the keys.
+
+        Raises:
+            ConfigError: it is not a valid run.
+        """
+        chosen = [config_file.as_override(key, value) for key, value in values.items()]
+        return _trial(self.path, self.overrides, [*self.point, *chosen])
+
+    @property
+    def example(self) -> Trial:
+        """The first value of everything."""
+        return self.trial({key: _ends(choice)[0] for key, choice in self.choices.items()})
+
+    def check(self) -> None:
+        """Try every value of a list and both ends of a range, the other keys as in the example.
+
+        Raises:
+            ConfigError: one is not valid.
+        """
+        first = {key: _ends(choice)[0] for key, choice in self.choices.items()}
+        for key, choice in self.choices.items():
+            for value in _ends(choice):
+                self.trial({**first, key: value})
+
+    @property
+    def digest(self) -> str:
+        """Of what is searched."""
+        plain = {key: one.model_dump() if isinstance(one, Range) else one for key, one in self.choices.items()}
+        return files.digest(self.example.folder.name, plain, self.count)
+
+
+def _ends(choice: Choice) -> list[Any]:
+    return [choice.min, choice.max] if isinstance(choice, Range) else choice
+
+
+@dataclass(frozen=True, slots=True)
 class Sweep:
     """All trials.
 
     Attributes:
         base: the configuration without the grid.
-        trials: one per combination, the last key of the grid changing fastest.
+        trials: one per combination, the last key of the grid changing fastest; of a search, its example.
         concurrency: trials at the same time.
+        searches: one per combination, where trials are searched for.
     """
 
     base: RunConfig
     trials: tuple[Trial, ...]
     concurrency: int
+    searches: tuple[Search, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of trials."""
+        return sum(search.count for search in self.searches) or len(self.trials)
 
     @property
     def folder(self) -> Path:
-        """Beside the run folders, named by the trials."""
-        content = files.digest(*(trial.folder.name for trial in self.trials))
+        """Beside the run folders, named by the trials, or by what is searched."""
+        names = [trial.folder.name for trial in self.trials]
+        content = files.digest(*names, *(search.digest for search in self.searches))
         return Path(self.base.run.root).absolute() / f"{self.base.name}-sweep-{content[:8]}"
 
 
@@ -72,22 +137,35 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
     """Read a configuration with a grid and check every trial.
 
     Raises:
-        ConfigError: there is no grid, a combination is not a valid run, or two are the same run.
+        ConfigError: there is no grid, a combination is not a valid run, two are the same run, or optuna is missing.
     """
     base, settings = config_file.load_with_sweep(path, overrides)
-    if not settings.axes:
+    if not settings.axes and not settings.space:
         raise ConfigError(
             f"{path} has no grid; add a table [sweep.grid] to it, or 'sweep.grid.prune.ratio=[0.2, 0.3]' here"
         )
     if base.run.folder is not None:
         raise ConfigError(f"run.folder={base.run.folder!r} is one folder and a sweep is many runs; set run.root")
     choices = [[config_file.as_override(key, value) for value in values] for key, values in settings.axes.items()]
-    trials = tuple(_trial(path, overrides, own) for own in itertools.product(*choices))
+    points = list(itertools.product(*choices))
+    searches = _searches(path, overrides, points, settings) if settings.space else ()
+    trials = tuple(search.example for search in searches) or tuple(_trial(path, overrides, own) for own in points)
     twice = [folder for folder, count in Counter(trial.folder for trial in trials).items() if count > 1]
     if twice:
         same = " and ".join(repr(trial.label) for trial in trials if trial.folder == twice[0])
         raise ConfigError(f"{same} are the same run; leave one out of sweep.grid")
-    return Sweep(base, trials, settings.concurrency)
+    return Sweep(base, trials, settings.concurrency, searches)
+
+
+def _searches(
+    path: str, overrides: Sequence[str], points: Sequence[tuple[str, ...]], settings: SweepConfig
+) -> tuple[Search, ...]:
+    if find_spec("optuna") is None:
+        raise ConfigError("sweep.search='optuna' needs optuna, which is not installed; pip install 'cria-dist[sweep]'")
+    found = [Search(path, tuple(overrides), own, settings.choices, settings.trials) for own in points]
+    for search in found:
+        search.check()
+    return tuple(found)
 
 
 def _trial(path: str, overrides: Sequence[str], own: Sequence[str]) -> Trial:

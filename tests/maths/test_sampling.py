@@ -5,7 +5,15 @@ import pytest
 
 from cria_dist.errors import NumericError
 from cria_dist.maths import sampling
-from cria_dist.maths.sampling import Sparsification, inclusion_probabilities, sampled, sparsified, spectral_errors
+from cria_dist.maths.sampling import (
+    Sparsification,
+    convolution_error,
+    convolution_norm,
+    inclusion_probabilities,
+    sampled,
+    sparsified,
+    spectral_errors,
+)
 
 MAGNITUDE, CHANCE = Sparsification(1.0), Sparsification(0.0)
 settings = pytest.mark.parametrize(
@@ -155,3 +163,22 @@ def test_errors_of_random_matrices_at_the_size_of_a_layer(
     assert errors(Sparsification(half, rescale=True))[0] < 0.9 * truncated_and_rescaled[0]  # what the cap is for
     monkeypatch.setattr(sampling, "CAP", np.inf)
     assert errors(Sparsification(half, rescale=True)) == pytest.approx(truncated_and_rescaled, rel=0.06)
+
+
+def wrapped(weight_OI: np.ndarray, side: int) -> np.ndarray:
+    """The convolution of an 8 x 8 grid with wrapped edges, as the matrix it is."""
+    kernel_OCHW = weight_OI.reshape(len(weight_OI), -1, side, side)
+    matrix = np.zeros((len(kernel_OCHW), 8, 8, kernel_OCHW.shape[1], 8, 8))
+    for y, x, dy, dx in np.ndindex(8, 8, side, side):
+        matrix[:, y, x, :, (y + dy) % 8, (x + dx) % 8] += kernel_OCHW[:, :, dy, dx]
+    return matrix.reshape(64 * len(kernel_OCHW), -1)
+
+
+@pytest.mark.parametrize(("shape", "side"), [((3, 2 * 9), 3), ((2, 3 * 9), 3), ((2, 2 * 25), 5)])
+def test_the_norm_of_a_convolution_is_that_of_its_matrix(shape: tuple[int, int], side: int) -> None:
+    kernel_OI = gaussian(*shape)
+    sparse_OI = sparsified(kernel_OI, kernel_OI.size // 2, MAGNITUDE, 0)
+    whole = np.linalg.norm(wrapped(kernel_OI, side), 2)
+    assert convolution_norm(kernel_OI, side) == pytest.approx(whole, rel=1e-12)
+    left = np.linalg.norm(wrapped(kernel_OI - sparse_OI, side), 2)
+    assert convolution_error(kernel_OI, sparse_OI, side) == pytest.approx(left / whole, rel=1e-12)

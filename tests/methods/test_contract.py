@@ -53,6 +53,7 @@ METHODS = [
     Eigenvalue(variant="all", l1=0.0),
     Receding(),
     Receding(variant="all", opening=0.9, shift=3.0),
+    Receding(scaling="batch_norm", shift=3.0),
 ]
 FIELDS = {
     "signals": ("input_NM", "output_NM"),

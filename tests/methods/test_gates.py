@@ -7,7 +7,13 @@ from pydantic import ValidationError
 
 from cria_dist.methods import Eigenvalue, Receding, SiteStatistics
 
-METHODS = [Eigenvalue(), Eigenvalue(variant="all", l2=0.1), Receding(), Receding(opening=0.9, shift=3.0)]
+METHODS = [
+    Eigenvalue(),
+    Eigenvalue(variant="all", l2=0.1),
+    Receding(),
+    Receding(opening=0.9, shift=3.0),
+    Receding(scaling="batch_norm"),
+]
 every_method = pytest.mark.parametrize("method", METHODS, ids=repr)
 
 
@@ -32,6 +38,24 @@ def test_receding_worked_by_hand():
     assert method.gate(learned_N).tolist() == pytest.approx([2 / 3, 1, 1 / 3])
     assert float(method.penalty(learned_N)) == pytest.approx(0.0240891, abs=1e-7)
     assert Receding(strength=0.01, shift=1.0).penalty(learned_N - 1.0) == pytest.approx(0.0240891, abs=1e-7)
+
+
+def test_receding_in_place_of_batch_norm_worked_by_hand():
+    """Scales of 0.8, 0.4 and 0, the largest one starts at 1/2: gates of 1/2, 1/4 and none, all times 1.6."""
+    method = Receding(scaling="batch_norm")
+    start_N = method.starts(np.array([0.8, 0.4, 0.0]) / 0.8)
+    assert start_N[:2].tolist() == pytest.approx([0.0, np.log(1 / 3)])
+    assert scores(method, start_N) == pytest.approx([0.5, 0.25, 5e-13])
+    assert method.scales_norms
+    assert not Receding().scales_norms
+    assert Receding().starts(np.ones(2)).tolist() == [0.0, 0.0]
+
+
+def test_a_setting_that_is_not_made_leaves_no_trace():
+    """Digests of runs are made of what a method dumps."""
+    assert "scaling" not in Receding().model_dump(mode="json")
+    assert Receding(scaling="batch_norm").model_dump()["scaling"] == "batch_norm"
+    assert Receding(scaling="batch_norm", variant="all").title == "receding (batch_norm, all)"
 
 
 @every_method

@@ -20,7 +20,7 @@ MINILM = Path(__file__).parents[3] / "shared" / "data" / "minilm-l6-sst2"
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT that classifies, its two layers of 20 and 30 neurons."""
+    """A BERT that classifies, its two layers of 20 and 30 neurons, 3 heads and 1."""
     folder = tmp_path_factory.mktemp("onnx")
     torch.manual_seed(7)
     settings = BertConfig(
@@ -35,6 +35,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AutoModelForSequenceClassification.from_config(settings).save_pretrained(folder / "dense")
     config = checkpoint.read_config(folder / "dense")
     kept = {"layer-000.mlp": tuple(range(20)), "layer-001.mlp": tuple(range(10, 40))}
+    kept |= {"layer-000.attention": (0, 2, 3), "layer-001.attention": (1,)}
     write_pruned(folder / "dense", folder / "pruned", Surgery(family_of(config), config, kept))
     return folder / "pruned"
 
@@ -77,10 +78,18 @@ def test_what_has_no_onnx_is_told(pico: Path, encoder: Path, tmp_path: Path, mon
 
 
 @pytest.mark.slow
-def test_images_and_a_real_encoder(make_classifier: Callable[..., Path], tmp_path: Path) -> None:
-    vit = make_classifier(tmp_path / "vit")
-    assert write_onnx(vit, tmp_path / "vit.onnx") < 1e-4
-    assert_equal(vit, tmp_path / "vit.onnx", 5)
+def test_images_and_other_encoders(
+    make_classifier: Callable[..., Path], make_encoder: Callable[..., Path], tmp_path: Path
+) -> None:
+    vit = make_classifier(tmp_path / "vit", num_hidden_layers=2)
+    config = checkpoint.read_config(vit)
+    heads = {"layer-000.attention": (0, 2, 3), "layer-001.attention": (1,)}
+    write_pruned(vit, tmp_path / "narrow", Surgery(family_of(config), config, heads))
+    assert write_onnx(tmp_path / "narrow", tmp_path / "vit.onnx") < 1e-4
+    assert_equal(tmp_path / "narrow", tmp_path / "vit.onnx", 5)
+    distilbert = make_encoder(tmp_path / "distilbert", "distilbert", hidden_dim=48)
+    assert write_onnx(distilbert, tmp_path / "distilbert.onnx") < 1e-4
+    assert_equal(distilbert, tmp_path / "distilbert.onnx", 4, 20)
     if not (MINILM / "model.safetensors").is_file():
         pytest.skip(f"{MINILM} is not here")
     assert write_onnx(MINILM, tmp_path / "minilm.onnx") < 1e-4

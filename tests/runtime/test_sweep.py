@@ -20,6 +20,7 @@ from cria_dist.pipeline import prune, results
 from cria_dist.report.writer import report_from_json
 from cria_dist.runtime import sweep as sweeps
 from cria_dist.runtime import trials
+from cria_dist.runtime.experiments import experiments
 from cria_dist.stages.prepare import run_folder
 from cria_dist.stages.sweep import plan
 
@@ -32,12 +33,14 @@ WriteSweep = Callable[..., Path]
 def write_sweep(
     run_tree: dict[str, Any], write_toml: Callable[[Path, dict[str, Any]], Path], tmp_path: Path
 ) -> WriteSweep:
-    """``write_sweep(grid, concurrency=1, **run)``: the pico run with a grid; nothing is timed."""
+    """``write_sweep(grid, concurrency=1, search=None, **run)``: the pico run with a grid; nothing is timed."""
 
-    def write(grid: dict[str, Any], concurrency: int = 1, **run: Any) -> Path:
+    def write(grid: dict[str, Any], concurrency: int = 1, search: dict[str, Any] | None = None, **run: Any) -> Path:
         tree = {**run_tree, "run": {"root": str(tmp_path / "runs"), **run}, "method": {"name": "magnitude"}}
         tree["evaluate"] = {**run_tree["evaluate"], "latency_repeats": 0}
-        return write_toml(tmp_path / "sweep.toml", {**tree, "sweep": {"concurrency": concurrency, "grid": grid}})
+        return write_toml(
+            tmp_path / "sweep.toml", {**tree, "sweep": {"concurrency": concurrency, "grid": grid, **(search or {})}}
+        )
 
     return write
 
@@ -116,6 +119,26 @@ def test_a_killed_sweep_goes_on_with_ray_workers_and_finds_the_same(
     assert [row.after.label for row in rows] == ["repaired", "recovered"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("unverified")
+def test_a_search_tries_what_it_has_not_tried_and_goes_on(
+    write_sweep: WriteSweep, session: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five trials of four possible ones at either ratio: what is chosen again is not computed again."""
+    space = {"recover": {"steps": [0, 2], "learning_rate": [1e-3, 2e-3]}}
+    search = {"search": "optuna", "trials": 5, "space": space}
+    sweep = plan(str(write_sweep({"prune": {"ratio": [0.25, 0.5]}}, 2, search, pool="local")))
+    rows = sweeps.carry_out(sweep, session)
+    assert len(list((sweep.folder / "trials").glob("*.json"))) == len(rows) == len({row.command for row in rows})
+    for search in sweep.searches:
+        mine = [row for row in rows if search.point[0] in row.label]
+        assert 1 <= len(mine) <= 4
+        assert all(row.label.startswith(search.point[0]) for row in mine)
+    times = [path.stat().st_mtime_ns for path in sorted((sweep.folder / "trials").glob("*.json"))]
+    assert [row.after.perplexity for row in sweeps.carry_out(sweep, session)] == [row.after.perplexity for row in rows]
+    assert times == [path.stat().st_mtime_ns for path in sorted((sweep.folder / "trials").glob("*.json"))]
+
+
 def test_more_training_workers_than_there_are_places_is_an_error_at_once(write_sweep: WriteSweep, session: int) -> None:
     sweep = plan(str(write_sweep({"prune": {"ratio": [0.25, 0.5]}}, concurrency=99)))
     with pytest.raises(ConfigError, match=r"^sweep.concurrency=99 trials need 99 CPUs .* has \d+; lower"):
@@ -131,4 +154,4 @@ def test_pickles_that_others_could_have_written_are_not_read(write_sweep: WriteS
     (folder / "experiment_state-1.json").write_text("{}")
     folder.chmod(0o770)
     with pytest.raises(ConfigError, match=r"holds pickles and is not this user's alone; delete it"):
-        trials._tuner(sweep, lambda config: None)
+        trials._tuner(sweep, next(experiments(sweep)), lambda config: None)

@@ -218,7 +218,6 @@ def test_a_run_on_channels(make_config: Callable[..., RunConfig], make_context: 
     ("changes", "message"),
     [
         ({"method": {"name": "block_influence"}}, r"^block_influence .*'resnet_cifar'.* inner channels; choose"),
-        ({"method": {"name": "spectrum_preserving"}}, r"'resnet_cifar', .*inner channels; choose a method of neurons"),
         (
             {"prune": {"budget": "macs", "multiple": 1}},
             r"prune\.budget=macs is for transformers; set prune\.budget=par",

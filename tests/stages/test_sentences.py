@@ -14,7 +14,7 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import load_file
 
-from cria_dist import files
+from cria_dist import files, load_pruned
 from cria_dist.config import RunConfig
 from cria_dist.config_file import parse
 from cria_dist.errors import ConfigError, CriaError, DataError
@@ -204,7 +204,7 @@ def test_layer_by_layer_the_same_is_recorded(
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_padding_with_a_mask_leaves_no_trace(family: str, make_encoder: Callable[..., Path], tmp_path: Path) -> None:
     """Which is what the recovery trains with."""
     model = checkpoint.load_model(make_encoder(tmp_path / "model", family), Numerics())
@@ -373,6 +373,34 @@ def test_whole_layers_go(make_config: MakeConfig, make_context: MakeContext) -> 
         torch.testing.assert_close(pruned(**inputs).logits, masked(**inputs).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_heads_and_neurons_of_distilbert_go(
+    make_config: MakeConfig,
+    make_context: MakeContext,
+    make_encoder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the report: what the checkpoint computes is the accuracy that the report has."""
+    monkeypatch.setattr(results, "verify_exports", lambda *_: {})  # a fresh process has tests of its own
+    own = {"path": str(make_encoder(tmp_path / "model", "distilbert", hidden_dim=48))}
+    mixed = {"units": ["mlp", "attention"], "budget": "parameters", "ratio": 0.1, "repair": "least_squares"}
+    config = make_config(model=own, prune=mixed, compare=[{"name": "taylor"}], evaluate={"latency_repeats": 0})
+    context = make_context(config)
+    report = prune(context)
+    assert report is not None
+    job = context.job
+    plan, shape = plan_of(job), checkpoint.read_config(job.folder / "pruned")
+    assert {len(kept) for key, kept in plan.kept.items() if key.endswith("attention")} == {3}
+    assert shape["num_key_value_heads_per_layer"] == [3, 3, 3]
+    assert plan.parameters == (job.dense_parameters, checkpoint.count_parameters(shape))
+    data, model = read_examples(job.test_path, job.test_labels_path), load_pruned(job.folder / "pruned")
+    with torch.inference_mode():
+        rows = [model(**model_inputs(data.inputs[row : row + 1])).logits for row in range(TESTS)]
+    found = torch.cat(rows).argmax(dim=1) == torch.from_numpy(data.labels_S)
+    assert by_label(report)["repaired"].accuracy == pytest.approx(float(found.double().mean()))
+    assert report.comparison[0].accuracy is not None
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], Stage, type[CriaError], str]] = {
     "no labels": (
         {"label": None}, {"label": None}, "evaluate", ConfigError,
@@ -422,6 +450,7 @@ def test_refused(case: str, make_config: MakeConfig, tmp_path: Path) -> None:
         ({"data": {"sequence_length": 65}}, r"data\.sequence_length=65 is more than the model's 64; lower it"),
         ({"record": {"tokens": 800}}, r"record\.tokens=800 is more than the \d+ tokens of 26 calibration sentences"),
         ({"prune": {"allocation": "sensitivity"}}, r"takes sentences; use prune\.allocation=uniform"),
+        ({"prune": {"units": ["attention"], "budget": "kv_cache"}}, r"kv_cache is of models that write text"),
         (
             {"method": {"name": "mpruner"}},
             r"^mpruner needs 4 sampled tokens of every calibration sentence, and a short one",

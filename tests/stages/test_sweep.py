@@ -9,10 +9,14 @@ import pytest
 
 from cria_dist import config_file
 from cria_dist.errors import ConfigError
+from cria_dist.stages import sweep as stages_sweep
 from cria_dist.stages.prepare import run_folder
 from cria_dist.stages.sweep import plan
 
 BASE = 'name = "s"\nmodel = { path = "builtin:smollm2-135m" }\nrun = { root = "ROOT" }\n'
+
+
+OPTUNA = "[sweep]\nsearch = 'optuna'\n"
 
 
 @pytest.fixture
@@ -86,13 +90,66 @@ def test_other_verbs_take_the_same_file(write: Callable[[str], str]) -> None:
         ("[sweep.grid]\nprune.ratio = [0.2, 2.0]\n", r"^trial 'prune.ratio=2.0': prune.ratio=2.0: .* less than 1"),
         ("[sweep.grid]\nprune.ration = [0.2]\n", r"^trial 'prune.ration=0.2': unknown key 'prune.ration'"),
         ("[sweep.grid]\nprune.ratio = [0.2, 0.2]\n", r"'prune.ratio=0.2' and 'prune.ratio=0.2' are the same run"),
-        ("[sweep]\nconcurrenzy = 2\n", r"^unknown key 'sweep.concurrenzy'; known keys here: concurrency, grid$"),
+        (
+            "[sweep]\nconcurrenzy = 2\n",
+            r"^unknown key 'sweep.concurrenzy'; known keys here: concurrency, grid, search, space, trials$",
+        ),
         ("[sweep]\nconcurrency = 0\n", r"^sweep.concurrency=0: "),
+        (OPTUNA, r"sweep.search='optuna' and sweep.space go together"),
+        ("[sweep.space]\nseed = [1, 2]\n", r"sweep.search='optuna' and sweep.space go together"),
+        (OPTUNA + "[sweep.space]\nseed = 1\n", r"sweep.space.seed is not a list of values; write seed = \[first"),
+        (
+            OPTUNA + "[sweep.space]\nrun.workers = [1]\n",
+            r"run.workers changes no result; set run.workers outside of the space",
+        ),
+        (
+            OPTUNA + "[sweep.space]\nprune.ratio = [0.1, 0.2]\n",
+            r"would compare models of different sizes; put it into sweep.grid",
+        ),
+        (OPTUNA + "[sweep.space]\nseed = { min = 3, max = 1 }\n", r"a range has min below max"),
+        (OPTUNA + "[sweep.space]\nseed = { min = 0, max = 9, log = true }\n", r"min above 0 where log is true"),
+        (
+            OPTUNA + "[sweep.grid]\nseed = [1]\n[sweep.space]\nseed = [1, 2]\n",
+            r"seed is in sweep.grid and in sweep.space",
+        ),
+        (
+            OPTUNA + "[sweep.space]\nprune.multiple = { min = -1, max = 4 }\n",
+            r"^trial 'prune.multiple=-1': prune.multiple=-1: ",
+        ),
     ],
 )
 def test_what_cannot_be_a_sweep_is_said(write: Callable[[str], str], text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(write(text))
+
+
+SPACE = (
+    "[sweep]\nsearch = 'optuna'\ntrials = 5\n[sweep.grid]\nprune.ratio = [0.2, 0.3]\n[sweep.space]\n"
+    "recover.learning_rate = { min = 1e-5, max = 1e-3, log = true }\n"
+    "method = [{ name = 'wanda' }, { name = 'random' }]\n"
+)
+
+
+def test_a_search_of_its_own_for_every_combination_of_the_grid(write: Callable[[str], str]) -> None:
+    path = write(SPACE)
+    sweep = plan(path, ["seed=5"])
+    assert (sweep.count, [search.point for search in sweep.searches]) == (
+        10,
+        [("prune.ratio=0.2",), ("prune.ratio=0.3",)],
+    )
+    assert [trial.config.prune.ratio for trial in sweep.trials] == [0.2, 0.3]
+    trial = sweep.searches[1].trial({"recover.learning_rate": 1.2345678901234567e-05, "method": {"name": "random"}})
+    config, *overrides = shlex.split(trial.command)[2:]
+    assert run_folder(config_file.load(config, overrides)) == trial.folder
+    assert trial.config.recover.learning_rate == 1.2345678901234567e-05
+    assert (trial.config.seed, trial.config.prune.ratio, trial.config.method.name) == (5, 0.3, "random")
+    assert plan(path, ["seed=5", "sweep.trials=6"]).folder != sweep.folder == plan(path, ["seed=5"]).folder
+
+
+def test_a_search_needs_optuna(write: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages_sweep, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'cria-dist\[sweep\]'"):
+        plan(write(SPACE))
 
 
 def test_one_run_folder_for_many_runs_is_refused(write: Callable[[str], str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
 from cria_dist import files
 from cria_dist.config import RunConfig
@@ -187,6 +188,28 @@ def test_every_method_and_repair(repair: str, method: str, make_config: MakeConf
         bare_TD = output_TN[:, kept] @ whole.weight[:, kept].T + whole.bias
         errors = [(after - whole(output_TN)).norm() for after in (ours(output_TN[:, kept]), bare_TD)]
     assert errors[0] < errors[1]
+
+
+def test_heads_of_a_classifier_go(make_config: MakeConfig, make_context: MakeContext) -> None:
+    """The pruned model is the masked one, and loads as the stock class."""
+    config = make_config(prune={"units": ["attention"], "multiple": 1}, method={"name": "cria"})
+    job = carry_out(make_context, config, "apply")
+    plan = PruningPlan.from_json((job.folder / "pruned" / "plan.json").read_text())
+    assert {key: len(kept) for key, kept in plan.kept.items()} == {
+        f"layer-{layer:03d}.attention": 3 for layer in range(3)
+    }
+    masked = checkpoint.load_model(job.model_dir, checkpoint.Numerics())
+    pruned = AutoModelForImageClassification.from_pretrained(job.folder / "pruned").eval()
+    pixels_SCHW = torch.from_numpy(np.load(job.calibration_path))
+    with torch.inference_mode():
+        dense = masked(pixel_values=pixels_SCHW).logits.clone()
+        for layer, block in enumerate(masked.vit.layers):
+            (head,) = {0, 1, 2, 3} - {*plan.kept[f"layer-{layer:03d}.attention"]}
+            block.attention.o_proj.weight[:, 8 * head : 8 * head + 8] = 0
+        expected, found = (model(pixel_values=pixels_SCHW).logits for model in (masked, pruned))
+    assert (expected - dense).abs().max() > 1e-2
+    assert (found - expected).abs().max() < 1e-5
+    assert plan.parameters == tuple(sum(p.numel() for p in m.parameters()) for m in (masked, pruned))
 
 
 def test_images_are_prepared_once(

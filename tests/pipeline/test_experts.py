@@ -1,0 +1,154 @@
+"""Runs that remove experts: from recording to checkpoint, recovery and report; and what cannot be asked for."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cria_dist.config import RunConfig
+from cria_dist.errors import ConfigError, CriaError
+from cria_dist.models import checkpoint
+from cria_dist.models.checkpoint import Numerics, read_config
+from cria_dist.models.experts import output_norms
+from cria_dist.pipeline import Context, prune, results
+from cria_dist.records import PruningPlan, Site
+from cria_dist.stages.export_plan import apply_plan
+from cria_dist.stages.prepare import prepare
+from cria_dist.store.places import recorded
+from cria_dist.store.site_scores import read_scores
+
+RunConfigMaker = Callable[..., RunConfig]
+MakeContext = Callable[..., Context]
+
+EXPERTS = {"units": ["experts"], "repair": "none", "ratio": 0.33}
+
+
+@pytest.fixture(scope="module")
+def moe(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of 6 experts, 2 for each token."""
+    shape = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    return make_model(tmp_path_factory.mktemp("moe") / "model", "qwen3_moe", **shape)
+
+
+def run(run_config: RunConfigMaker, folder: Path, model: Path, prune: dict[str, Any], **changes: Any) -> RunConfig:
+    return run_config(folder, model={"path": str(model)}, prune=EXPERTS | prune, **changes)
+
+
+def by_hand(method: str, moe: Path, tokens_ST: np.ndarray) -> np.ndarray:
+    """Scores of the experts of the second layer, from the model in memory."""
+    model = checkpoint.load_model(moe, Numerics())
+    block, found = model.model.layers[1].mlp, list[torch.Tensor]()
+    if method == "magnitude":
+        up_E, down_E = (
+            one.double().flatten(1).norm(dim=1) for one in (block.experts.gate_up_proj, block.experts.down_proj)
+        )
+        return (up_E * down_E).detach().numpy()
+    if method == "activation":
+        block.experts.register_forward_pre_hook(lambda module, args: found.append(output_norms(module, *args)))
+        with torch.inference_mode():
+            model(input_ids=torch.from_numpy(tokens_ST).long())
+        return found[0].double().mean(dim=0).numpy()
+    tokens = torch.from_numpy(tokens_ST[:2]).long()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    maps = (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj)
+    return sum((one * one.grad).abs().double().flatten(1).sum(dim=1) for one in maps).detach().numpy()
+
+
+@pytest.mark.parametrize("method", ["activation", "magnitude", "taylor", "random"])
+def test_every_method_scores_experts(
+    method: str, moe: Path, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
+) -> None:
+    sample = {"sequences": 2, "shard_sequences": 2} if method == "taylor" else {}
+    context = make_context(run(run_config, tmp_path, moe, {}, method={"name": method, **sample}), until="apply")
+    prune(context, until="apply")
+    folder = context.job.folder
+    plan = PruningPlan.from_json((folder / "pruned" / "plan.json").read_text())
+    assert {key: len(kept) for key, kept in plan.kept.items()} == {f"layer-00{layer}.experts": 4 for layer in (0, 1)}
+    assert plan.parameters == tuple(checkpoint.count_parameters(read_config(one)) for one in (moe, folder / "pruned"))
+    AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    if method == "random":
+        apply_plan(folder / "pruned" / "plan.json", str(moe), tmp_path / "again")
+        files = [(one / checkpoint.WEIGHTS).read_bytes() for one in (tmp_path / "again", folder / "pruned")]
+        assert files[0] == files[1]
+    else:
+        expected = by_hand(method, moe, np.load(folder / "tokens" / "calibration.npy"))
+        found = read_scores(folder / "round-00", Site(1, "experts")).keep_N
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        assert plan.kept["layer-001.experts"] == tuple(sorted(np.argsort(-expected)[:4].tolist()))
+
+
+def test_blocks_and_groups_and_two_rounds_record_the_same(
+    moe: Path, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
+) -> None:
+    """Layer by layer or whole; a second round scores what the first one left."""
+    found = []
+    for schedule in ("replicate", "sweep"):
+        settings = {"units": ["experts", "attention"], "budget": "parameters", "ratio": 0.2, "rounds": 2}
+        record = {"tokens": 128, "schedule": schedule}
+        config = run(run_config, tmp_path / schedule, moe, settings, record=record, method={"name": "activation"})
+        context = make_context(config, until="apply")
+        prune(context, until="apply")
+        found.append((context.job.folder / "round-01" / "manifest.json").read_bytes())
+        sites = recorded(context.job.folder / "round-01")
+        assert list(sites.signals(Site(0, "experts"))) == ["output"]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("recover", [{"train": "mlp"}, {"lora_rank": 2}])
+def test_a_recovered_model_is_written_as_it_was_stored(
+    recover: dict[str, Any],
+    moe: Path,
+    run_config: RunConfigMaker,
+    make_context: MakeContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(results, "verify_exports", lambda *_: {})  # a fresh process has tests of its own
+    settings = {"method": {"name": "activation"}, "evaluate": {"latency_repeats": 0, "prompts": []}}
+    context = make_context(
+        run(run_config, tmp_path, moe, {}, recover=recover, compare=[{"name": "random"}], **settings)
+    )
+    report = prune(context)
+    assert report is not None
+    before, after = (context.job.folder / name for name in ("pruned", "recovered"))
+    assert checkpoint.weight_files(before) == checkpoint.weight_files(after)
+    with checkpoint.open_tensors(before) as old, checkpoint.open_tensors(after) as new:
+        name = "model.layers.1.mlp.experts.3.up_proj.weight"
+        assert torch.equal(old.read(name), new.read(name)) == ("lora_rank" in recover), "experts have no adapters"
+    losses = {one.label: one.perplexity for one in report.variants}
+    assert losses["recovered"] < losses["pruned"]
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"units": ["mlp"]}, {}, "attention, experts can be pruned, mlp cannot; leave it out"),
+    ({"ratio": 0.9}, {}, "leaves 0 of 6 units"),
+    ({"ratio": 0.8}, {}, r"1 experts would be left in a layer, every token goes through 2"),
+    ({"repair": "least_squares"}, {}, r"set prune\.repair=none, prune\.allocation=uniform"),
+    ({"allocation": "global"}, {}, r"set prune\.repair=none, prune\.allocation=uniform"),
+    ({"budget": "macs"}, {}, r"a token goes through as many as before"),
+    ({}, {"method": {"name": "wanda"}}, r"wanda .* does not score experts; choose activation, magnitude"),
+    ({}, {"compare": [{"name": "block_influence"}]}, "block_influence knows no model of them"),
+    ({}, {"recover": {"strategy": "fsdp2"}}, r"which recover\.strategy=fsdp2 cannot write"),
+]
+
+
+@pytest.mark.parametrize(("settings", "changes", "message"), REFUSED)
+def test_what_cannot_be_done_with_experts(
+    settings: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+    moe: Path,
+    run_config: RunConfigMaker,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(CriaError, match=message):
+        prepare(run(run_config, tmp_path, moe, settings, **({"method": {"name": "activation"}} | changes)))
+
+
+def test_experts_of_a_model_that_has_none(pico: Path, run_config: RunConfigMaker, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"of model_type 'llama', .* can be pruned, experts cannot; leave it out"):
+        prepare(run(run_config, tmp_path, pico, {}, method={"name": "activation"}))

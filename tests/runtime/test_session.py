@@ -1,0 +1,57 @@
+"""How many workers a run has, and on what: what it wants, or what the cluster holds when it starts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cria_dist.config import RunConfig
+from cria_dist.errors import ConfigError
+from cria_dist.runtime import session
+
+
+@pytest.mark.parametrize(
+    ("cluster", "run", "expected"),
+    [
+        ({"CPU": 4.0}, {}, (4, 0.0)),
+        ({"CPU": 4.0, "GPU": 2.0}, {}, (2, 1.0)),
+        ({"CPU": 4.0, "GPU": 2.0}, {"workers": 3}, (3, 1.0)),
+        ({"CPU": 4.0, "GPU": 2.0}, {"gpus_per_worker": 0.5}, (4, 0.5)),
+        ({"CPU": 4.0, "GPU": 2.0}, {"gpus_per_worker": 0}, (4, 0.0)),
+        ({"CPU": 1.0}, {"gpus_per_worker": 1, "workers": 8}, (8, 1.0)),
+        ({}, {"gpus_per_worker": 1, "workers": 8}, (8, 1.0)),
+    ],
+)
+def test_what_the_run_wants_comes_before_what_is_there(
+    cluster: dict[str, float],
+    run: dict[str, Any],
+    expected: tuple[int, float],
+    run_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: cluster)
+    config = run_config(tmp_path, run=run)
+    assert (session._workers(config), session.gpus_per_worker(config)) == expected
+    assert config.result_part() == run_config(tmp_path).result_part()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "run", "message"),
+    [
+        ({"CPU": 4.0}, {"gpus_per_worker": 1}, r"has no GPU yet; set run.workers to how many workers it may grow to"),
+        ({}, {"workers": 2}, r"has no CPU to run workers on"),
+    ],
+)
+def test_a_cluster_of_unknown_size(
+    cluster: dict[str, float],
+    run: dict[str, Any],
+    message: str,
+    run_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: cluster)
+    with pytest.raises(ConfigError, match=message):
+        session._workers(run_config(tmp_path, run=run))

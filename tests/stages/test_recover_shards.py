@@ -1,0 +1,204 @@
+"""Recoveries whose workers share the parameters out: they equal one worker that holds them all, and each other."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cria_dist.config import RecoverConfig, RunConfig
+from cria_dist.errors import ConfigError
+from cria_dist.models import checkpoint
+from cria_dist.models.family import FAMILIES, family_of
+from cria_dist.stages import recover
+from cria_dist.stages.check_recovery import check_recovery
+from cria_dist.stages.prepare import prepare
+from cria_dist.stages.recover import Place, RecoverTask, Teacher, read_log
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "all": {"train": "all", "patience": 5, "batch_sequences": 6},
+    "distilled": {"train": "all", "distill": 0.5, "distill_hidden": 0.3},
+    "half": {"dtype": "bfloat16", "distill": 0.5},
+    "sparse": {"train": "mlp", "checkpoint_activations": True},
+}
+"""``all``: nine sequences are trained on and one is held out, so that one of two workers has none to look at."""
+WORLD = 2
+WITH_ZEROS = "model.layers.0.mlp.down_proj.weight"
+
+Job = tuple[RecoverTask, Path | None]
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Recoveries by name: a recipe alone, with ``-2`` by two workers, with ``-1-2`` or ``-2-2`` by two who go on."""
+
+    folder: Path
+    models: dict[str, Path]
+    tasks: dict[str, RecoverTask] = field(default_factory=dict)
+
+    def task(self, recipe: str, followed: str = "") -> RecoverTask:
+        """A new recovery of a recipe; two workers share the model out."""
+        settings = {"steps": 8, "batch_sequences": 4, "sequence_length": 16, "learning_rate": 2e-3, "distill": 0}
+        settings |= {"checkpoint_every": 3, "strategy": "fsdp2" if followed else "ddp", **RECIPES[recipe]}
+        model = self.models.get(recipe, self.models["tied" if recipe in ("all", "half") else "untied"])
+        name = recipe + followed
+        (self.folder / name).mkdir()
+        outputs = (self.folder / name / "recovered", self.folder / name / "loss.jsonl")
+        held = (WITH_ZEROS,) if recipe == "sparse" else ()
+        data, config = self.folder / "tokens.npy", RecoverConfig.model_validate(settings)
+        teacher = Teacher(self.models["teacher"], "float32")
+        self.tasks[name] = RecoverTask(model, data, *outputs, config, "highest", 0, teacher, held)
+        return self.tasks[name]
+
+    def state(self, name: str, step: int = 3) -> Path:
+        """The first worker's checkpoint after a step."""
+        return self.folder / name / "states" / f"{step}-0"
+
+    def alone(self, task: RecoverTask, resume: Path | None = None) -> dict[str, torch.Tensor]:
+        def save(step: int, write: Callable[[Path], None]) -> None:
+            folder = task.log_path.parent / "states" / f"{step}-0"
+            folder.mkdir(parents=True)
+            write(folder)
+
+        recover.train(task, Place(), resume, save)
+        return self.weights(task)
+
+    def together(self, jobs: list[Job]) -> None:
+        (self.folder / "jobs").write_bytes(pickle.dumps(jobs))
+        script = str(Path(__file__).with_name("recover_process.py"))
+        crew = [
+            subprocess.Popen([sys.executable, script, self.folder / "jobs", str(rank), str(WORLD), self.folder / "met"])
+            for rank in range(WORLD)
+        ]
+        assert [process.wait(timeout=240) for process in crew] == [0] * WORLD
+
+    def losses(self, name: str) -> dict[int, tuple[float, float]]:
+        """By step; with the held-out loss, or 0 where there was no look."""
+        return {line["step"]: (line["loss"], line.get("held_out", 0.0)) for line in read_log(self.tasks[name].log_path)}
+
+    def weights(self, task: RecoverTask) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor
+            for file in sorted(task.target.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        }
+
+
+@pytest.fixture(scope="module")
+def trainings(pico: Path, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    """All recipes alone and by two workers, and some by two who go on."""
+    folder = tmp_path_factory.mktemp("shards")
+    untied = make_model(folder / "untied", dtype="bfloat16", shard_size="20KB", tie_word_embeddings=False)
+    sparse = shutil.copytree(pico, folder / "sparse-model")
+    tensors = load_file(sparse / checkpoint.WEIGHTS)
+    tensors[WITH_ZEROS][::2, 1::3] = 0
+    save_file(tensors, sparse / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 256, (10, 16)).astype(np.int32))
+    them = Trainings(folder, {"tied": pico, "untied": untied, "sparse": sparse, "teacher": sparse})
+    for recipe in RECIPES:
+        them.alone(them.task(recipe))
+    jobs: list[Job] = [(them.task(recipe, "-2"), None) for recipe in RECIPES]
+    jobs += [(them.task("all", "-1-2"), them.state("all")), (them.task("all", "-2-2"), them.state("all-2"))]
+    them.together(jobs)
+    return them
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_workers_that_share_the_model_equal_one_that_has_it(recipe: str, trainings: Trainings) -> None:
+    """In mixed precision, what is rounded is rounded elsewhere."""
+    alone, shared = trainings.losses(recipe), trainings.losses(f"{recipe}-2")
+    assert alone.keys() == shared.keys() == set(range(1, 9))
+    np.testing.assert_allclose(list(shared.values()), list(alone.values()), atol=3e-3 if recipe == "half" else 1e-5)
+    one, two = trainings.tasks[recipe].target, trainings.tasks[f"{recipe}-2"].target
+    assert {path.name: path.stat().st_size for path in one.iterdir()} == {
+        path.name: path.stat().st_size for path in two.iterdir()
+    }
+    mine, theirs = trainings.weights(trainings.tasks[recipe]), trainings.weights(trainings.tasks[f"{recipe}-2"])
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.allclose(mine[name].float(), theirs[name].float(), atol=1e-2 if recipe == "half" else 3e-4), name
+
+
+def test_two_workers_go_on_where_one_or_two_were(trainings: Trainings) -> None:
+    """To the bit where two were."""
+    whole = trainings.losses("all-2")
+    rest = {step: loss for step, loss in whole.items() if step > 3}
+    assert trainings.losses("all-2-2") == rest
+    np.testing.assert_allclose(list(trainings.losses("all-1-2").values()), list(rest.values()), atol=1e-5)
+    expected, found = (trainings.weights(trainings.tasks[name]) for name in ("all-2", "all-2-2"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_one_worker_goes_on_where_two_were(trainings: Trainings) -> None:
+    trainings.alone(trainings.task("all", "-2-1"), trainings.state("all-2"))
+    rest = {step: loss for step, loss in trainings.losses("all").items() if step > 3}
+    found = trainings.losses("all-2-1")
+    assert found.keys() == rest.keys()
+    np.testing.assert_allclose(list(found.values()), list(rest.values()), atol=1e-5)
+
+
+def test_checkpoints_are_the_same_files_for_any_number_of_workers(trainings: Trainings) -> None:
+    one, two = (trainings.state(name, 6) for name in ("all", "all-2"))
+    assert [path.name for path in two.iterdir()] == [path.name for path in one.iterdir()] == ["state.safetensors"]
+    mine, theirs = (load_file(folder / "state.safetensors") for folder in (one, two))
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in mine.items()} == {
+        name: (tensor.shape, tensor.dtype) for name, tensor in theirs.items()
+    }
+    assert not list((trainings.folder / "all-2" / "states" / "6-1").iterdir()), "the first worker writes"
+
+
+def test_zeros_stay_zero(trainings: Trainings) -> None:
+    before = load_file(trainings.models["sparse"] / checkpoint.WEIGHTS)[WITH_ZEROS]
+    after = trainings.weights(trainings.tasks["sparse-2"])[WITH_ZEROS]
+    assert torch.equal(before == 0, after == 0)
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("recover", "message"),
+    [
+        ({"lora_rank": 2}, r"recover\.lora_rank=2 does not go with recover\.strategy='fsdp2'"),
+        ({"distill_hidden": 1.0, "distill_layers": [1, 2]}, r"distill_layers names layer 2 and the model has 2"),
+    ],
+)
+def test_what_does_not_go_together(
+    recover: dict[str, Any], message: str, run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare(run_config(tmp_path, recover={"strategy": "fsdp2", **recover}))
+
+
+@pytest.mark.parametrize("option", [{"strategy": "fsdp2"}, {"distill_hidden": 0.5}])
+def test_classifiers_are_refused(
+    option: dict[str, Any], run_config: Callable[..., RunConfig], pico_vit: Path, tmp_path: Path
+) -> None:
+    model_config = checkpoint.read_config(pico_vit)
+    config = run_config(tmp_path, recover=option)
+    with pytest.raises(ConfigError, match=r"is for language models; set recover\."):
+        check_recovery(config, family_of(model_config), model_config)
+
+
+def test_experts_are_refused(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    config = run_config(tmp_path, recover={"strategy": "fsdp2"})
+    with pytest.raises(ConfigError, match=r"those of experts are stored one by one; set recover\.strategy='ddp'"):
+        check_recovery(config, FAMILIES["qwen3_moe"], {"num_hidden_layers": 2})
+
+
+def test_how_many_share_is_no_part_of_a_result(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
+    def parts(strategy: str) -> list[dict[str, Any]]:
+        settings = [{"strategy": strategy, "workers": workers} for workers in (1, 2)]
+        return [run_config(tmp_path, recover=one).result_part()["recover"] for one in settings]
+
+    shared, whole = parts("fsdp2"), parts("ddp")
+    assert shared[0] == shared[1]
+    assert shared[0]["strategy"] == "fsdp2"
+    assert whole[0] != whole[1]
+    assert "strategy" not in whole[0]
