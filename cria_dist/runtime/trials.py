@@ -43,7 +43,7 @@ class Tried:
     """What was tried.
 
     Attributes:
-        trials: those that ended well, each once, in the order in which they were chosen.
+        trials: those that ended well, each once, in the order of the grid; what searches chose is ordered by label.
         failures: reasons of the others, by label.
     """
 
@@ -74,7 +74,10 @@ def carry_out(sweep: Sweep, make_context: MakeContext, progress: Progress) -> Tr
                     failures[trial.label] = " ".join(str(reason).split())
                 else:
                     tried[trial.folder] = trial  # a search may choose the same again
-    return Tried(tuple(tried.values()), failures)
+    found = list(tried.values())
+    if sweep.searches:  # Tune tells them in another order when a search goes on
+        found.sort(key=lambda trial: trial.label)
+    return Tried(tuple(found), failures)
 
 
 def _results(
