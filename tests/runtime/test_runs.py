@@ -55,6 +55,7 @@ def test_two_training_workers_equal_one(run_config: Callable[..., Any], finished
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_killed_in_every_stage_it_continues_and_decides_the_same(
     run_tree: dict[str, Any], write_toml: Callable[[Path, dict[str, Any]], Path], finished_run: Any, tmp_path: Path
 ) -> None:

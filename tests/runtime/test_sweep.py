@@ -120,6 +120,7 @@ def test_a_killed_sweep_goes_on_with_ray_workers_and_finds_the_same(
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("unverified")
 def test_a_search_tries_what_it_has_not_tried_and_goes_on(
     write_sweep: WriteSweep, session: int, monkeypatch: pytest.MonkeyPatch

@@ -81,6 +81,7 @@ def dies_twice(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_shared_model_survives_its_workers_and_goes_on_with_fewer(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,6 +174,7 @@ def test_an_estimate_times_layers_that_are_not_alike(make_config: Callable[..., 
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("net", ["vgg_cifar", "resnet_bottleneck"], indirect=True)
 def test_a_run_on_channels(
     net: Path, make_config: Callable[..., RunConfig], make_context: Callable[..., Context]
