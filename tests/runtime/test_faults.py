@@ -149,6 +149,7 @@ def test_every_schedule_gives_the_manifest_of_replicate(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("session")
+@pytest.mark.soak
 def test_workers_that_die_after_their_work_and_before_their_answer(
     run_config: Callable[..., RunConfig], deep: Path, tmp_path: Path
 ) -> None:
