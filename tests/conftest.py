@@ -249,6 +249,33 @@ def run_config(run_tree: dict[str, Any]) -> RunConfigMaker:
     return make
 
 
+@pytest.fixture
+def image_config(tmp_path: Path) -> Callable[..., Callable[..., RunConfig]]:
+    """Runs of a classifier on the labelled images of a Parquet file: half to calibrate on, half to test."""
+
+    def make(model: Path, images: Path, tokens: int) -> Callable[..., RunConfig]:
+        half = {"source": str(images), "format": "images", "field": "image", "label": "label"}
+        tree: dict[str, Any] = {
+            "name": "net",
+            "model": {"path": str(model)},
+            "data": {
+                "calibration": {**half, "part": "first"},
+                "test": {**half, "part": "second"},
+                "calibration_sequences": 12,
+                "test_sequences": 12,
+            },
+            "record": {"tokens": tokens, "shard_sequences": 6, "batch_sequences": 4},
+            "method": {"name": "conditional"},
+            "prune": {"ratio": 0.25, "multiple": 1},
+            "recover": {"steps": 3, "workers": 1, "batch_sequences": 4, "learning_rate": 1e-3},
+            "evaluate": {"latency_repeats": 1, "batch_sequences": 4},
+            "run": {"root": str(tmp_path / "runs"), "pool": "local"},
+        }
+        return lambda **changes: parse({**tree, **changes})
+
+    return make
+
+
 def train_in_this_process(task: Any, name: str, storage: Path) -> None:
     """What ``cria_dist.runtime.launch.train_here`` does, without importing Ray."""
     from cria_dist.stages import training

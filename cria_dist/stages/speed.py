@@ -5,7 +5,7 @@ Shapes: B examples, T tokens.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -57,11 +57,11 @@ def measure(model: PreTrainedModel, inputs: dict[str, torch.Tensor], decodes: bo
     with torch.inference_mode():
         prefill_ms, _ = _forward(model, one)
         batch_prefill_ms, cache_bytes = _forward(model, many)
-        speed = Speed(prefill_ms, batch_prefill_ms, _weights(model) + cache_bytes)
-        if not decodes:
-            return speed
-        alone, together = (decode_ms(model, tokens["input_ids"][:, :PROMPT_TOKENS]) for tokens in (one, many))
-    return Speed(prefill_ms, batch_prefill_ms, speed.memory_bytes, alone, together)
+        found = Speed(prefill_ms, batch_prefill_ms, _weights(model) + cache_bytes)
+        if decodes:
+            alone, together = (decode_ms(model, tokens["input_ids"][:, :PROMPT_TOKENS]) for tokens in (one, many))
+            found = replace(found, decode_ms=alone, batch_decode_ms=together)
+    return found
 
 
 def forward_ms(model: PreTrainedModel, tokens_BT: torch.Tensor) -> float:

@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from cria_dist import load_pruned
 from cria_dist.config import RunConfig
-from cria_dist.config_file import parse
 from cria_dist.errors import ConfigError
 from cria_dist.files import write_json
 from cria_dist.maths.sampling import convolution_error
@@ -85,25 +84,8 @@ def net(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def make_config(net: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    half = {"source": str(net / "rows.parquet"), "format": "images", "field": "image", "label": "label"}
-    tree: dict[str, Any] = {
-        "name": "net",
-        "model": {"path": str(net / "model")},
-        "data": {
-            "calibration": {**half, "part": "first"},
-            "test": {**half, "part": "second"},
-            "calibration_sequences": 12,
-            "test_sequences": 12,
-        },
-        "record": {"tokens": 96, "shard_sequences": 6, "batch_sequences": 4},
-        "method": {"name": "conditional"},
-        "prune": {"ratio": 0.25, "multiple": 1},
-        "recover": {"steps": 3, "workers": 1, "batch_sequences": 4, "learning_rate": 1e-3},
-        "evaluate": {"latency_repeats": 1, "batch_sequences": 4},
-        "run": {"root": str(tmp_path / "runs"), "pool": "local"},
-    }
-    return lambda **changes: parse({**tree, **changes})
+def make_config(net: Path, image_config: Callable[..., Callable[..., RunConfig]]) -> Callable[..., RunConfig]:
+    return image_config(net / "model", net / "rows.parquet", tokens=96)
 
 
 def test_zeros_go_into_every_map_between_channels_once(

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from cria_dist import files, load_pruned
 from cria_dist.config import RunConfig
-from cria_dist.config_file import parse
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.checkpoint import Numerics, load_model, read_config
@@ -149,25 +148,10 @@ def images(plain: Plain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_config(model_dir: Path, images: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    half = {"source": str(images), "format": "images", "field": "image", "label": "label"}
-    tree: dict[str, Any] = {
-        "name": "resnet",
-        "model": {"path": str(model_dir)},
-        "data": {
-            "calibration": {**half, "part": "first"},
-            "test": {**half, "part": "second"},
-            "calibration_sequences": 12,
-            "test_sequences": 12,
-        },
-        "record": {"tokens": 240, "shard_sequences": 6, "batch_sequences": 4},
-        "method": {"name": "conditional"},
-        "prune": {"ratio": 0.25, "multiple": 1},
-        "recover": {"steps": 3, "workers": 1, "batch_sequences": 4, "learning_rate": 1e-3},
-        "evaluate": {"latency_repeats": 1, "batch_sequences": 4},
-        "run": {"root": str(tmp_path / "runs"), "pool": "local"},
-    }
-    return lambda **changes: parse({**tree, **changes})
+def make_config(
+    model_dir: Path, images: Path, image_config: Callable[..., Callable[..., RunConfig]]
+) -> Callable[..., RunConfig]:
+    return image_config(model_dir, images, tokens=240)
 
 
 def test_what_is_recorded_are_the_patches_between_the_convolutions(
