@@ -6,7 +6,15 @@ from pydantic import Field
 
 from cria_dist.config.section import Section
 
-OFF = ("lora_rank", "checkpoint_activations", "patience", "distill_hidden", "distill_layers")
+OFF = (
+    "lora_rank",
+    "checkpoint_activations",
+    "patience",
+    "distill_hidden",
+    "distill_layers",
+    "shift_pixels",
+    "mirror",
+)
 """Options of a recovery that are off unless asked for."""
 
 
@@ -54,6 +62,11 @@ class RecoverConfig(Section):
     the dense one's norm, a mean over tokens and layers. Language models only."""
     distill_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers of the dense model behind which hidden states are compared; all that are left if none is named."""
+
+    shift_pixels: Annotated[int, Field(ge=0)] = 0
+    """Every training image is shifted at random by up to so many pixels along each axis; 4 is usual for CIFAR-10."""
+    mirror: bool = False
+    """Every other training image, at random, is mirrored left to right."""
 
     def content_part(self) -> dict[str, Any]:
         """What a result depends on: how the dense model teaches only where it does, and no option that is off."""

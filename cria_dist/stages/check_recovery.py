@@ -16,6 +16,7 @@ def check_recovery(config: RunConfig, family: MlpFamily, model_config: ModelDict
     """
     if config.recover.steps:
         _check_language_options(config.recover, family, model_config)
+        _check_augmentation(config.recover, family, model_config)
         _check_adapters(config)
 
 
@@ -42,6 +43,20 @@ def _check_language_options(recover: RecoverConfig, family: MlpFamily, model_con
         raise ConfigError(
             f"recover.distill_layers names layer {beyond[0]} and the model has {model_config['num_hidden_layers']}, "
             "counted from 0; leave it out"
+        )
+
+
+def _check_augmentation(recover: RecoverConfig, family: MlpFamily, model_config: ModelDict) -> None:
+    """Only images can be moved, and something of them must stay in sight."""
+    asked = [f"recover.{name}={value}" for name in ("shift_pixels", "mirror") if (value := getattr(recover, name))]
+    if asked and family.takes != "images":
+        raise ConfigError(
+            f"{asked[0]} is for images, and model_type {family.model_type!r} takes {family.takes}; leave it out"
+        )
+    if asked and recover.shift_pixels >= (side := min(family.input_shape(model_config, 0)[1:])):
+        raise ConfigError(
+            f"recover.shift_pixels={recover.shift_pixels} can move all of an image of {side} pixels out of sight; take "
+            "4 for images of 32 pixels"
         )
 
 

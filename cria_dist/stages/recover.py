@@ -1,9 +1,9 @@
 """Recover: a short fine-tuning of the pruned model. Plain PyTorch; who starts several workers is outside.
 
-Its parts: ``recover_model`` (what learns), ``recover_data`` (order), ``recover_step`` (one optimiser step),
-``recover_loss``, ``distil`` and ``distil_hidden`` (what is minimised), ``recover_watch`` (when to stop),
-``recover_state`` (checkpoints), ``recover_shards`` (parameters shared out over the workers), ``recover_log`` (loss per
-step).
+Its parts: ``recover_model`` (what learns), ``recover_data`` (order), ``augment`` (images), ``recover_step`` (one
+optimiser step), ``recover_loss``, ``distil`` and ``distil_hidden`` (what is minimised), ``recover_watch`` (when to
+stop), ``recover_state`` (checkpoints), ``recover_shards`` (parameters shared out over the workers), ``recover_log``
+(loss per step).
 """
 
 import math
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from cria_dist.config import RecoverConfig
 from cria_dist.errors import NumericError
 from cria_dist.models import checkpoint
+from cria_dist.stages.augment import augmented
 from cria_dist.stages.distil import Teacher, objective_of
 from cria_dist.stages.examples import Data
 from cria_dist.stages.recover_data import sequence_order, training_data
@@ -93,7 +94,8 @@ def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint:
     order = sequence_order(len(data), config, task.seed)
     started = time.monotonic()
     for step in range(start, config.steps):
-        found = {"loss": learner.learn(step, data[order[step][place.rank :: place.world]])}
+        batch = augmented(data[order[step][place.rank :: place.world]], config, task.seed, step, place)
+        found = {"loss": learner.learn(step, batch)}
         at_checkpoint = (step + 1) % config.checkpoint_every == 0
         if held is not None and (at_checkpoint or step + 1 == config.steps):
             found["held_out"] = held_out_loss(model, held, place)
