@@ -20,6 +20,7 @@ from cria_dist.stages.recover_log import append_log
 from cria_dist.stages.recover_loss import cross_entropy
 from cria_dist.stages.recover_state import TrainState
 from cria_dist.stages.recover_step import CLIP_NORM
+from jobs.benchmarks import recover_gpu
 from jobs.benchmarks.frame import Measurement, alternate, seconds
 from jobs.benchmarks.record_setup import one_thread
 
@@ -53,17 +54,14 @@ def measure(quick: bool) -> Measurement:
         with one_thread():
             loop = alternate(_contenders(task, tokens, 1 if quick else 4), 1 if quick else 5)
         steps, difference = _workers(task, folder)
-    return Measurement(
-        "recover",
-        PROTOCOL,
-        {
-            "loop_ratio": statistics.median(loop["bare loop"]) / statistics.median(loop["recovery"]),
-            "two_worker_speedup": statistics.median(steps["1 worker"]) / statistics.median(steps["2 workers"]),
-            "equivalence_max_diff": difference,
-        },
-        {"seconds of the same steps": loop, "seconds per step on Ray Train": steps},
-        {"seconds of the same steps": "s", "seconds per step on Ray Train": "s"},
-    )
+    metrics = {
+        "loop_ratio": statistics.median(loop["bare loop"]) / statistics.median(loop["recovery"]),
+        "two_worker_speedup": statistics.median(steps["1 worker"]) / statistics.median(steps["2 workers"]),
+        "equivalence_max_diff": difference,
+    }
+    samples = {"seconds of the same steps": loop, "seconds per step on Ray Train": steps}
+    on_gpu = recover_gpu.measure(metrics, samples)
+    return Measurement("recover", (*PROTOCOL, on_gpu), metrics, samples, dict.fromkeys(samples, "s"))
 
 
 def _contenders(task: RecoverTask, tokens_ST: np.ndarray, steps: int) -> dict[str, Callable[[], float]]:
