@@ -158,10 +158,11 @@ def _loading(directory: Path) -> Iterator[str]:
         yield from ("", "or, without cria_dist, with the modelling file beside the weights", "", "```python")
         yield from (f"from transformers import {stock}", "")
         yield from (f'{stock}.from_pretrained("PATH", trust_remote_code=True)', "```")
-    yield from (
-        "",
-        "`cria export PATH model.gguf` writes it for llama.cpp, `--format decilm` for vLLM, where they can.",
-    )
+    if stock == "AutoModelForCausalLM":
+        hint = "`cria export PATH model.gguf` writes it for llama.cpp, `--format decilm` for vLLM, where they can."
+    else:
+        hint = "`cria export PATH model.onnx --format onnx` writes it for onnxruntime."
+    yield from ("", hint)
 
 
 def _loaders(report: Report, name: str) -> Iterator[str]:

@@ -17,6 +17,7 @@ from cria_dist.models import checkpoint, resnet_bottleneck, surgery, vgg_cifar
 from cria_dist.models.blocks import Block, partition
 from cria_dist.models.checkpoint import Numerics, load_model, read_config
 from cria_dist.models.family import family_of
+from cria_dist.models.onnx_file import write_onnx
 from cria_dist.models.ranks import Ranks
 from cria_dist.models.surgery import Surgery
 from cria_dist.records import Site
@@ -158,6 +159,14 @@ def test_maps_of_patches_are_the_convolutions(net: Net) -> None:
         model.get_submodule(net.family.modules(site).output).register_forward_pre_hook(lambda *_: None)
     close(net.logits(model), expected)
     assert model.config.num_labels == CLASSES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", ["vgg", "bottleneck"], indirect=True)
+def test_onnxruntime_computes_the_same(net: Net, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    surgery.write_pruned(net.directory, tmp_path / "pruned", Surgery(net.family, net.config, net.kept()))
+    assert write_onnx(tmp_path / "pruned", tmp_path / "model.onnx") < 1e-5  # it compares three images itself
 
 
 def test_removing_channels_equals_silencing_them(net: Net, tmp_path: Path) -> None:

@@ -72,3 +72,12 @@ def test_layers_that_differ_are_loaded_as_the_card_says(
     written = card(report, tmp_path, read_base("base", tmp_path))
     assert 'cria_dist.load_pruned("PATH")' in written
     assert "trust_remote_code=True" in written
+    assert "model.gguf" in written
+
+
+def test_a_classifier_is_not_sent_to_llama_cpp(report: Report, pico_bert: Path, tmp_path: Path) -> None:
+    config = {**checkpoint.read_config(pico_bert), "intermediate_size_per_layer": [20, 36, 48]}
+    checkpoint.finish(pico_bert, tmp_path, config)
+    written = card(report, tmp_path, read_base("base", tmp_path))
+    assert "--format onnx" in written
+    assert "gguf" not in written
