@@ -53,11 +53,8 @@ def _table(context: Context) -> Path:
     length, numerics = job.config.data.sequence_length, job.numerics
     machine = [machine_and_versions()["machine"], context.pool.on_gpus]
     described = [dict(job.model_config), widths, prune.latency, length, numerics.dtype, numerics.matmul, *machine]
-    path = job.folder / FILE.format(files.digest("layer times", described)[:16])
-    for other in sorted(job.folder.parent.glob(f"*/{path.name}")):
-        if not path.is_file():
-            files.write_bytes(path, other.read_bytes())
-    if not path.is_file():
+    path = job.folder / FILE.format(files.digest("times of layers and head", described)[:16])
+    if not (path.is_file() or files.take_copy(job.folder.parent, f"*/{path.name}", path)):
         task = TimingTask(job.model_config, widths, prune.latency, length, numerics, os.cpu_count() or 1, path)
         context.pool.release()  # the timed process must have the machine to itself
         found = context.map(("measure latency", "models"), functools.partial(LayerTimer, task), ["layers"], workers=1)

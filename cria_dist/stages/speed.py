@@ -83,6 +83,18 @@ def decode_ms(model: PreTrainedModel, prompt_BT: torch.Tensor) -> float:
     return _milliseconds(steps) / DECODED_TOKENS
 
 
+def step_ms(model: PreTrainedModel, prompt_BT: torch.Tensor) -> float:
+    """Milliseconds of one further token, whichever: also of a model without its head, which chooses none."""
+    cache = model(input_ids=prompt_BT, use_cache=True).past_key_values
+    token_B1 = prompt_BT[:, -1:]
+
+    def steps() -> None:
+        for _ in range(DECODED_TOKENS):
+            model(input_ids=token_B1, past_key_values=cache, use_cache=True)
+
+    return _milliseconds(steps) / DECODED_TOKENS
+
+
 def _forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[float, int]:
     """Milliseconds of a pass after a short one, and the bytes of the cache it leaves."""
     model(**{name: tensor[:, :PROMPT_TOKENS] if tensor.ndim == 2 else tensor for name, tensor in inputs.items()})

@@ -25,7 +25,7 @@ def clock(model: PreTrainedModel) -> float:
         TAKES["block"]
         + TAKES["attention"] * layer.self_attn.k_proj.out_features / heads
         + TAKES["mlp"] * layer.mlp.up_proj.out_features
-        for layer in model.model.layers
+        for layer in model.base_model.layers
     )
 
 

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
@@ -22,27 +23,28 @@ def task(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 def by_shape(model: PreTrainedModel) -> float:
-    """A clock that knows what is in a model: 5 outside, and in every layer 1 + 3 per group + 0.25 per neuron."""
-    config = model.config
-    inside = sum(
-        1 + 3 * layer.self_attn.k_proj.out_features / config.head_dim + 0.25 * layer.mlp.up_proj.out_features
-        for layer in model.model.layers
-    )
-    return 5 + inside
+    """A clock that knows what is in a model: 5 outside the layers, 40 in a head, and what :func:`layer_of` says."""
+    head = 40 if model.base_model is not model else 0
+    return 5 + head + sum(layer_of(one, model.config.head_dim) for one in model.base_model.layers)
+
+
+def layer_of(layer: Any, head_dim: int) -> float:
+    """In a layer 1 + 3 per group + 0.25 per neuron."""
+    return 1 + 3 * layer.self_attn.k_proj.out_features / head_dim + 0.25 * layer.mlp.up_proj.out_features
 
 
 def test_what_layers_and_their_units_take_is_found(task: TimingTask) -> None:
     seen: list[int] = []
 
     def measure(whole: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
-        seen.append(len(other.model.layers))
+        seen.append(len(other.base_model.layers))
         return by_shape(whole), by_shape(other)
 
     times = layer_times(task, measure)
     layer = 1 + 3 * 2 + 0.25 * 48
-    assert seen == [1, *[LAYERS] * 3]
+    assert seen == [1, 1, *[LAYERS] * 3]
     assert times.layer_ms == pytest.approx(layer)
-    assert times.model_ms == pytest.approx(5 + 9 * layer)
+    assert times.model_ms == pytest.approx(5 + 40 + 9 * layer)
     assert dict(times.parts["mlp"]) == pytest.approx({8: 0, 24: 4, 48: 10})
     assert dict(times.parts["attention"]) == pytest.approx({1: 0, 2: 3})
 
@@ -51,7 +53,7 @@ def test_a_narrower_part_that_seems_slower_is_noise(task: TimingTask) -> None:
     jumps = {8: 0.0, 24: 2.0, 48: 0.0}
 
     def measure(whole: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
-        width = other.model.layers[0].mlp.up_proj.out_features
+        width = other.base_model.layers[0].mlp.up_proj.out_features
         return 10.0, 10.0 + jumps[width]
 
     rows = layer_times(task, measure).parts["mlp"]
