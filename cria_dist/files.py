@@ -1,5 +1,6 @@
 """Whole files or none: temporary name, flush to disk, rename. Plus digests and names that are safe as paths."""
 
+import glob
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,33 @@ def digest(*parts: object) -> str:
         state.update(len(content).to_bytes(8, "little"))
         state.update(content)
     return state.hexdigest()
+
+
+def take_over(root: Path, pattern: str, take: Callable[[Path], bool]) -> Path | None:
+    """The first path below ``root`` that ``take`` says it took something over from, by name; None if there is none.
+
+    Runs may be deleted while others look into them: what vanishes was never there.
+
+    Args:
+        root: folder of runs.
+        pattern: of paths below it, as in ``glob``.
+        take: called with each path until one was taken; it may raise FileNotFoundError.
+    """
+    for path in sorted(root / name for name in glob.glob(pattern, root_dir=root, include_hidden=True)):
+        with suppress(FileNotFoundError):
+            if take(path):
+                return path
+    return None
+
+
+def take_copy(root: Path, pattern: str, target: Path) -> bool:
+    """Whether there is a file of this pattern below ``root``, which then is copied."""
+
+    def copy(source: Path) -> bool:
+        write_bytes(target, source.read_bytes())
+        return True
+
+    return take_over(root, pattern, copy) is not None
 
 
 def file_digest(path: Path) -> str:

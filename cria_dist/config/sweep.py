@@ -46,6 +46,18 @@ class SweepConfig(Section):
     (``recover.learning_rate = { min = 1e-5, max = 1e-3, log = true }``)."""
     trials: Annotated[int, Field(ge=1)] = 16
     """Trials of each search; the first quarter is drawn at random."""
+    scheduler: Literal["none", "asha"] = "none"
+    """``asha``: a recovery is stopped where its loss on held-out sequences (needs ``recover.patience``) is not among
+    the least 1 / ``reduction_factor`` of those that came equally far before it. Only trials of the same budget, the
+    same ``recover.steps`` and ``sequence_length`` are compared. It trades certainty for time: half-way through a cosine
+    schedule the loss ranks learning rates more than results, and high ones look worse than they end. What was stopped
+    stays in the table as such, with its pruned model, and its command goes on from its last checkpoint; a search counts
+    it as not recovered."""
+    grace_steps: Annotated[int, Field(ge=1)] = 50
+    """Steps before the first comparison, at the look at the held-out loss that comes then or next; the following ones
+    are at ``reduction_factor`` times as many, and so on."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """One in so many trials goes on from a comparison."""
 
     @property
     def axes(self) -> dict[str, Any]:

@@ -11,6 +11,10 @@ from cria_dist.records import Site
 
 PART = "attention"
 """Part of a site whose units are KV groups."""
+ALL_THREE = "query_key_value"
+"""The signal of a map that makes queries, keys and values."""
+SIGNALS = {1: (ALL_THREE,), 3: ("query", "key", "value")}
+"""By the maps before attention, what they give."""
 LAYER_KV_HEADS = "num_key_value_heads_per_layer"
 """Key of config.json where layers have different KV groups; the other counts of heads then are the dense model's."""
 
@@ -53,10 +57,15 @@ class AttentionShape:
 
 def attention_shape(config: Mapping[str, Any]) -> AttentionShape:
     """Read the attention's numbers from a config.json."""
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    groups = int(config.get("num_key_value_heads") or heads)
-    per_layer = config.get(LAYER_KV_HEADS) or [groups] * int(config["num_hidden_layers"])
-    return AttentionShape(tuple(per_layer), heads // groups, int(config.get("head_dim") or hidden // heads), hidden)
+    heads, hidden, dense = int(config["num_attention_heads"]), int(config["hidden_size"]), dense_groups(config)
+    per_layer = config.get(LAYER_KV_HEADS) or dense
+    return AttentionShape(tuple(per_layer), heads // dense[0], int(config.get("head_dim") or hidden // heads), hidden)
+
+
+def dense_groups(config: Mapping[str, Any]) -> list[int]:
+    """KV groups of every layer of the dense model."""
+    groups = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    return [groups] * int(config["num_hidden_layers"])
 
 
 def attention_sites(config: Mapping[str, Any]) -> dict[Site, int]:
@@ -68,13 +77,13 @@ def with_groups(config: Mapping[str, Any], groups: list[int]) -> dict[str, Any]:
     """The config of a model with these KV groups per layer, in the form the stock class takes where there is one.
 
     Llama's and Gemma's config refuse counts of heads that do not divide the hidden size. Llama's attention without
-    biases is Mistral's, whose config takes them; what cannot be said that way is written per layer. BERT's and GPT-2's
-    kin have no word for the width of a head: heads that left are always written per layer.
+    biases is Mistral's, whose config takes them; what cannot be said that way is written per layer. Families that have
+    no word for the width of a head (BERT, GPT-2, GPT-NeoX, OPT) have heads that left always written per layer.
     """
     shape = attention_shape(config)
     plain = {key: value for key, value in config.items() if key != LAYER_KV_HEADS}
     if config["model_type"] in WHOLE:
-        return plain if set(groups) == {int(config["num_attention_heads"])} else {**plain, LAYER_KV_HEADS: groups}
+        return plain if groups == dense_groups(config) else {**plain, LAYER_KV_HEADS: groups}
     plain["head_dim"] = shape.head_dim
     if len(set(groups)) > 1:
         return {**plain, LAYER_KV_HEADS: groups}
@@ -83,7 +92,7 @@ def with_groups(config: Mapping[str, Any], groups: list[int]) -> dict[str, Any]:
     if config["model_type"] == "vit":  # which knows no groups
         return uniform
     uniform["num_key_value_heads"] = groups[0]
-    if shape.hidden % heads == 0 or config["model_type"] not in REFUSING:
+    if not _is_refused(config, shape.hidden % heads):
         return uniform
     if config["model_type"] == "llama" and not config.get("attention_bias") and not config.get("mlp_bias"):
         other = {key: value for key, value in uniform.items() if key not in ("attention_bias", "mlp_bias")}
@@ -92,7 +101,14 @@ def with_groups(config: Mapping[str, Any], groups: list[int]) -> dict[str, Any]:
     return {**plain, LAYER_KV_HEADS: groups}
 
 
+def _is_refused(config: Mapping[str, Any], left_over: int) -> bool:
+    """Whether the family's config refuses fewer heads, as many as leave so much of the hidden size over."""
+    if config["model_type"] == "phi3":  # long rotary factors must be as many as hidden size / heads says
+        return any("short_factor" in (config.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
+    return left_over > 0 and config["model_type"] in REFUSING
+
+
 REFUSING = ("gemma2", "gemma3_text", "llama")
 """Families whose config is refused when the heads do not divide the hidden size (transformers 5.17 to 5.23)."""
-WHOLE = ("bert", "distilbert", "gpt2", "roberta")
+WHOLE = ("bert", "distilbert", "gpt2", "gpt_neox", "helium", "opt", "roberta", "stablelm")
 """Families whose heads share the hidden size between them, however many there are."""

@@ -101,7 +101,7 @@ class BlockModel:
             elif self.block.is_first:
                 self._decoder(input_ids=values.to(torch.int64), use_cache=False)
             else:
-                self._decoder(inputs_embeds=values, use_cache=False)
+                self._decoder(inputs_embeds=embedded(values, self._whole), use_cache=False)
         result, self._passage.hidden = self._passage.hidden, None
         return result
 
@@ -161,6 +161,17 @@ class Passage:
     def leave(self, _module: torch.nn.Module, _args: object, output: Any) -> None:
         """Keep the last layer's output."""
         self.hidden = output[0] if isinstance(output, tuple) else output
+
+
+def embedded(hidden_STD: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    """What a model is given whose hidden state is replaced, as wide as its embedding: OPT-350M has a projection behind.
+
+    Args:
+        hidden_STD: the hidden state that takes its place.
+        model: the model.
+    """
+    width = getattr(model.get_input_embeddings(), "embedding_dim", hidden_STD.shape[-1])
+    return hidden_STD if width == hidden_STD.shape[-1] else hidden_STD[..., :1].expand(-1, -1, width)
 
 
 class StandIn(torch.nn.Module):

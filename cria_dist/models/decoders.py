@@ -1,19 +1,22 @@
 """Language models: Llama's gated MLP and its relatives, and decoders with two maps and an activation between them."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from cria_dist.errors import ConfigError
 from cria_dist.models import attention, residual
 from cria_dist.models.mlp import PART, MlpFamily, ModelDict, SiteModules
+from cria_dist.models.stacks import Stack
 from cria_dist.records import Site
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderFamily(MlpFamily):
-    """Models of a stream of tokens."""
+    """Models of a stream of tokens; attention under Llama's names, unless a family says otherwise."""
 
+    parts = (attention.PART, PART)
     takes = "tokens"
+    attention_maps = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 
     def input_shape(self, config: ModelDict, sequence_length: int) -> tuple[int, ...]:
         """Of one sequence."""
@@ -42,22 +45,16 @@ class GatedMlpFamily(DecoderFamily):
     mlp_bias_key: str | None = None
     attention_bias: bool | str = False
 
-    parts = (attention.PART, PART)
-
     layers = "model.layers"
     embedding = "model.embed_tokens"
+    mlp_maps = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    mlp_signals = ("gate", "up")
 
     def modules(self, site: Site) -> SiteModules:
-        """Where the site's signals are observed."""
+        """Also of the residual stream."""
         if site.part in residual.PARTS:
             return SiteModules({}, residual.reading(self.layers, site).readers[0], ())
-        if site.part == attention.PART:
-            prefix = f"{self.layers}.{site.layer}.self_attn"
-            inputs = {name: f"{prefix}.{name[0]}_proj" for name in ("query", "key", "value")}
-            return SiteModules(inputs, f"{prefix}.o_proj", ("value",))
-        prefix = f"{self.layers}.{site.layer}.mlp"
-        inputs = {"gate": f"{prefix}.gate_proj", "up": f"{prefix}.up_proj"}
-        return SiteModules(inputs, f"{prefix}.down_proj", tuple(inputs))
+        return DecoderFamily.modules(self, site)  # slots: super() knows another class
 
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """Whether the input maps carry biases; where those of the MLP do, its output map does too."""
@@ -98,25 +95,43 @@ class GatedMlpFamily(DecoderFamily):
 
     def _with_biases(self) -> dict[str, Any]:
         if self.mlp_bias_key is None:
-            return DecoderFamily._with_biases(self)  # slots: super() knows another class
+            return DecoderFamily._with_biases(self)
         return {self.mlp_bias_key: True}
 
 
 @dataclass(frozen=True, slots=True)
 class FusedMlpFamily(DecoderFamily):
-    """Decoders with ``down(act(gate(x)) * up(x))`` whose gate and up projections are one map (Phi-3, GLM)."""
+    """Decoders with ``down(act(gate(x)) * up(x))`` whose gate and up projections are one map (GLM)."""
 
     layers = "model.layers"
     embedding = "model.embed_tokens"
+    mlp_maps = ("mlp.gate_up_proj", "mlp.down_proj")
+    mlp_signals = ("gate_up",)
 
-    def modules(self, site: Site) -> SiteModules:
-        """Where the site's signals are observed."""
-        prefix = f"{self.layers}.{site.layer}.mlp"
-        return SiteModules({"gate_up": f"{prefix}.gate_up_proj"}, f"{prefix}.down_proj", ("gate_up",))
+    def stack(self, site: Site, config: ModelDict) -> Stack:
+        """Of an MLP the gate's rows, then those of up."""
+        return Stack((1, 1)) if site.part == PART else DecoderFamily.stack(self, site, config)
 
-    def stack(self, site: Site) -> int:
-        """The gate's rows, then those of up."""
-        return 2
+    def signal_names(self, site: Site, name: str) -> tuple[str | None, ...]:
+        """Of an MLP two."""
+        return ("gate_up.0", "gate_up.1") if site.part == PART else DecoderFamily.signal_names(self, site, name)
+
+    def has_bias(self, config: ModelDict, part: str = PART) -> bool:
+        """Queries, keys and values do, unless the config says otherwise."""
+        return part == attention.PART and bool(config.get("attention_bias", True))
+
+
+@dataclass(frozen=True, slots=True)
+class Phi3Family(FusedMlpFamily):
+    """Phi-3 and Phi-4: queries, keys and values are one map too, and nothing has biases."""
+
+    attention_maps = ("self_attn.qkv_proj", "self_attn.o_proj")
+
+    def stack(self, site: Site, config: ModelDict) -> Stack:
+        """Of attention all queries, then the keys, then the values, a head of which several queries read."""
+        if site.part == attention.PART:
+            return Stack((attention.attention_shape(config).queries, 1, 1))
+        return FusedMlpFamily.stack(self, site, config)
 
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """They have none."""
@@ -125,15 +140,7 @@ class FusedMlpFamily(DecoderFamily):
 
 @dataclass(frozen=True, slots=True)
 class PlainMlpFamily(DecoderFamily):
-    """Decoders with ``output(act(input(x)))``; both maps have biases."""
-
-    maps: ClassVar[tuple[str, str]]
-    """Names of the two maps within a layer."""
-
-    def modules(self, site: Site) -> SiteModules:
-        """Where the site's signals are observed."""
-        first, second = (f"{self.layers}.{site.layer}.{name}" for name in self.maps)
-        return SiteModules({"input": first}, second, ("input",))
+    """Decoders with ``output(act(input(x)))``; all maps have biases, every head has its own keys and values."""
 
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """They do."""
@@ -149,7 +156,18 @@ class GptNeoxFamily(PlainMlpFamily):
 
     layers = "gpt_neox.layers"
     embedding = "gpt_neox.embed_in"
-    maps = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    attention_maps = ("attention.query_key_value", "attention.dense")
+    mlp_maps = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+    def stack(self, site: Site, config: ModelDict) -> Stack:
+        """Of attention head by head its query, its key and its value."""
+        if site.part == attention.PART:
+            return Stack((1, 1, 1), by_unit=True)
+        return PlainMlpFamily.stack(self, site, config)
+
+    def has_bias(self, config: ModelDict, part: str = PART) -> bool:
+        """They do, but for those of attention where the config says so."""
+        return part == PART or bool(config.get("attention_bias", True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +176,8 @@ class OptFamily(PlainMlpFamily):
 
     layers = "model.decoder.layers"
     embedding = "model.decoder.embed_tokens"
-    maps = ("fc1", "fc2")
+    attention_maps = (*DecoderFamily.attention_maps[:3], "self_attn.out_proj")
+    mlp_maps = ("fc1", "fc2")
     width_key = "ffn_dim"
 
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:

@@ -11,12 +11,13 @@ from transformers import AutoConfig
 
 from cria_dist.errors import PlanError
 from cria_dist.models import attention
+from cria_dist.models.experts import EVERY, PLAIN_LAYERS, has_experts
 from cria_dist.models.mlp import LAYER_WIDTHS, ModelDict
 from cria_dist.records import Site
 
 PART = "block"
 """Part of a site whose one unit is the layer itself."""
-PER_LAYER = ("layer_types", "mlp_layer_types", LAYER_WIDTHS, attention.LAYER_KV_HEADS)
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", LAYER_WIDTHS, attention.LAYER_KV_HEADS)
 """Keys of config.json with one entry per layer."""
 
 Value = TypeVar("Value")
@@ -58,8 +59,8 @@ def surviving(kept: Kept, config: ModelDict) -> tuple[int, ...]:
 def shallower(config: ModelDict, stay: tuple[int, ...], width_key: str = "intermediate_size") -> dict[str, Any]:
     """The config with these layers only.
 
-    What transformers derives from a layer's number (sliding or full attention, where config.json does not list it) is
-    written down, for the numbers change.
+    What transformers derives from a layer's number (sliding or full attention, where config.json does not list it;
+    experts or a plain MLP) is written down, for the numbers change.
     """
     if len(stay) == int(config["num_hidden_layers"]):
         return dict(config)
@@ -73,6 +74,9 @@ def shallower(config: ModelDict, stay: tuple[int, ...], width_key: str = "interm
         if len(set(widths)) == 1:  # then the stock class has a name for it
             config = {key: value for key, value in config.items() if key != LAYER_WIDTHS}
             chosen.pop(LAYER_WIDTHS)
+    if hasattr(parsed, PLAIN_LAYERS):
+        chosen[PLAIN_LAYERS] = [number for number, layer in enumerate(stay) if not has_experts(config, layer)]
+        chosen[EVERY] = 1
     fewer = {**config, "num_hidden_layers": len(stay), **chosen}
     groups = fewer.get(attention.LAYER_KV_HEADS)
     return attention.with_groups(fewer, groups) if groups else fewer

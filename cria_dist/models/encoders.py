@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cria_dist.models import attention
-from cria_dist.models.mlp import PART, MlpFamily, ModelDict, SiteModules
-from cria_dist.records import Site
+from cria_dist.models.mlp import PART, MlpFamily, ModelDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,24 +13,15 @@ class EncoderMlpFamily(MlpFamily):
 
     takes = "sentences"
     parts = (attention.PART, PART)
-    attention_maps: ClassVar[tuple[str, str, str, str]] = (
+    attention_maps = (
         "attention.self.query",
         "attention.self.key",
         "attention.self.value",
         "attention.output.dense",
     )
-    """Names of the maps of queries, keys and values within a layer, and of the one that reads the heads."""
-    mlp_maps: ClassVar[tuple[str, str]] = ("intermediate.dense", "output.dense")
-    """Names of the two maps of the MLP within a layer."""
+    mlp_maps = ("intermediate.dense", "output.dense")
     positions_before: ClassVar[int] = 0
     """Rows of the position embedding that no token gets."""
-
-    def modules(self, site: Site) -> SiteModules:
-        """Where the site's signals are observed."""
-        names = self.attention_maps if site.part == attention.PART else self.mlp_maps
-        *inputs, output = (f"{self.layers}.{site.layer}.{name}" for name in names)
-        signals = ("query", "key", "value") if site.part == attention.PART else ("input",)
-        return SiteModules(dict(zip(signals, inputs, strict=True)), output, signals[-1:])
 
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """They do."""

@@ -14,7 +14,7 @@ from cria_dist.errors import ConfigError
 from cria_dist.models import attention
 from cria_dist.models.decoders import GatedMlpFamily
 from cria_dist.models.mlp import PART as MLP
-from cria_dist.models.mlp import ModelDict, SiteModules
+from cria_dist.models.mlp import MlpFamily, ModelDict, SiteModules
 from cria_dist.records import Site
 
 PART = "experts"
@@ -23,6 +23,8 @@ MAPS = ("gate_up_proj", "down_proj")
 """Names in memory of what the experts of a layer compute with."""
 COUNTS = ("num_experts", "num_local_experts")
 """Keys of config.json with their number: either one."""
+PLAIN_LAYERS, EVERY = "mlp_only_layers", "decoder_sparse_step"
+"""Keys of config.json with the layers that have none, and of how many of the others every last one has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,17 @@ def experts_of(config: ModelDict) -> int:
 
 def has_experts(config: ModelDict, layer: int) -> bool:
     """Whether a layer has experts; some families have plain MLPs in between."""
-    plain = layer in (config.get("mlp_only_layers") or ())
-    return not plain and (layer + 1) % int(config.get("decoder_sparse_step") or 1) == 0
+    plain = layer in (config.get(PLAIN_LAYERS) or ())
+    return not plain and (layer + 1) % int(config.get(EVERY) or 1) == 0
+
+
+def weights_met(family: MlpFamily, config: ModelDict) -> dict[int, int]:
+    """By layer, the weights that a token meets there: the router's, and those of the experts it goes through."""
+    if PART not in family.parts:
+        return {}
+    row, times = int(config["hidden_size"]), int(config["num_experts_per_tok"])
+    sites = family.widths(config, (PART,))
+    return {site.layer: units * row + times * (family.unit_cost(site, config) - row) for site, units in sites.items()}
 
 
 def assembled(pieces: Sequence[Sequence[str]], read: Callable[[str], torch.Tensor]) -> torch.Tensor:

@@ -8,13 +8,12 @@ from typing import Any
 from cria_dist.errors import ConfigError
 from cria_dist.models import attention
 from cria_dist.models.channels import CONVOLUTIONAL
-from cria_dist.models.decoders import FusedMlpFamily, GatedMlpFamily, GptNeoxFamily, OptFamily
+from cria_dist.models.decoders import FusedMlpFamily, GatedMlpFamily, GptNeoxFamily, OptFamily, Phi3Family
 from cria_dist.models.encoders import BertFamily, DistilBertFamily, RobertaFamily
 from cria_dist.models.experts import ExpertsFamily
 from cria_dist.models.generic import generic_family
 from cria_dist.models.gpt2 import Gpt2Family
-from cria_dist.models.mlp import PART, MlpFamily, ModelDict, SiteModules
-from cria_dist.records import Site
+from cria_dist.models.mlp import PART, MlpFamily, ModelDict
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +27,8 @@ class VisionMlpFamily(MlpFamily):
     parts = (attention.PART, PART)
     layers = "vit.layers"
     embedding = "vit.embeddings"
-
-    def modules(self, site: Site) -> SiteModules:
-        """Where the site's signals are observed."""
-        if site.part == attention.PART:
-            prefix = f"{self.layers}.{site.layer}.attention"
-            inputs = {name: f"{prefix}.{name[0]}_proj" for name in ("query", "key", "value")}
-            return SiteModules(inputs, f"{prefix}.o_proj", ("value",))
-        prefix = f"{self.layers}.{site.layer}.mlp"
-        return SiteModules({"input": f"{prefix}.fc1"}, f"{prefix}.fc2", ("input",))
+    attention_maps = tuple(f"attention.{name}_proj" for name in "qkvo")
+    mlp_maps = ("mlp.fc1", "mlp.fc2")
 
     def on_disk(self, name: str) -> str:
         """What checkpoints call a module or parameter."""
@@ -91,7 +83,7 @@ FAMILIES: dict[str, MlpFamily] = {
         GatedMlpFamily("mistral"),
         ExpertsFamily("mixtral", block="block_sparse_moe", maps=("w1", "w3", "w2"), expert_width="intermediate_size"),
         OptFamily("opt"),
-        FusedMlpFamily("phi3"),
+        Phi3Family("phi3"),
         GatedMlpFamily("qwen2", attention_bias=True),
         GatedMlpFamily("qwen3", attention_bias="attention_bias"),
         ExpertsFamily("qwen3_moe", attention_bias="attention_bias"),

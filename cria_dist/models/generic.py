@@ -1,15 +1,25 @@
-"""Decoders without an adapter of their own that follow Llama's names for a gated MLP, recognised by their modules."""
+"""Decoders without an adapter of their own that follow Llama's names for a gated MLP, recognised by their modules.
+
+Some of those whose attention has Llama's names too, and nothing in between, can lose heads.
+"""
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cria_dist.models import attention
 from cria_dist.models.decoders import GatedMlpFamily
 from cria_dist.models.mlp import PART, ModelDict
+from cria_dist.records import Site
+
+WITH_HEADS = ("cohere", "ernie4_5", "granite", "helium", "seed_oss", "smollm3", "stablelm")
+"""Families whose attention computes the same with fewer heads; modules alone do not show it."""
+Modules = Mapping[str, torch.nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +28,31 @@ class GenericFamily(GatedMlpFamily):
 
     Attributes:
         biased: whether these maps carry biases.
+        heads_stay: why heads cannot go.
     """
 
     biased: bool = False
+    heads_stay: str = ""
 
     parts = (PART,)
 
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """Whether the maps carry biases."""
-        return self.biased
+        return self.biased if part == PART else GatedMlpFamily.has_bias(self, config, part)
+
+    def obstacle(self, part: str) -> str:
+        """Why the units of a part cannot go."""
+        return self.heads_stay if part == attention.PART else ""
 
     def _with_biases(self) -> dict[str, Any]:
         return {} if self.biased else GatedMlpFamily._with_biases(self)  # slots: super() knows another class
+
+
+@dataclass(frozen=True, slots=True)
+class GenericHeadsFamily(GenericFamily):
+    """One whose attention is ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` and nothing else in every layer."""
+
+    parts = (attention.PART, PART)
 
 
 def generic_family(config: ModelDict) -> GenericFamily | None:
@@ -40,7 +63,7 @@ def generic_family(config: ModelDict) -> GenericFamily | None:
 @functools.lru_cache
 def _generic_family(config_json: str) -> GenericFamily | None:
     config: dict[str, Any] = json.loads(config_json)
-    family = GenericFamily(str(config.get("model_type")))
+    name = str(config.get("model_type"))
     if not {"hidden_size", "intermediate_size", "num_hidden_layers"} <= config.keys():
         return None
     try:
@@ -48,27 +71,56 @@ def _generic_family(config_json: str) -> GenericFamily | None:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
     except (ValueError, KeyError):  # transformers has no such model, or none that predicts the next token
         return None
-    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-    biased: set[bool] = set()
-    for site in family.widths(config):
-        names = [*family.modules(site).inputs.values(), family.modules(site).output]
-        maps = [modules.get(name) for name in names]
-        if not _are_all(names, modules):
-            return None
-        sizes = [(one.in_features, one.out_features) for one in maps if isinstance(one, torch.nn.Linear)]
-        inner, outer = int(config["intermediate_size"]), int(config["hidden_size"])
-        if sizes != [(outer, inner), (outer, inner), (inner, outer)]:
-            return None
-        biased |= {f"{name}.bias" in parameters for name in names}
-    if family.embedding not in modules or len(biased) != 1:
+    modules, inner, outer = dict(model.named_modules()), int(config["intermediate_size"]), int(config["hidden_size"])
+    biased = _biased(PART, config, modules, [(outer, inner), (outer, inner), (inner, outer)])
+    if GenericFamily.embedding not in modules or biased is None:
         return None
-    return GenericFamily(family.model_type, biased=biased.pop())
+    shape = attention.attention_shape({key: value for key, value in config.items() if key != attention.LAYER_KV_HEADS})
+    across, within = shape.groups[0] * shape.span, shape.groups[0] * shape.head_dim
+    sizes = [(outer, across), (outer, within), (outer, within), (across, outer)]
+    heads_biased = _biased(attention.PART, config, modules, sizes)
+    if name in WITH_HEADS and heads_biased is not None:
+        return GenericHeadsFamily(name, attention_bias=heads_biased, biased=biased)
+    return GenericFamily(name, biased=biased, heads_stay=_heads_stay(modules, shape.head_dim))
 
 
-def _are_all(names: list[str], modules: dict[str, torch.nn.Module]) -> bool:
-    """Whether an MLP has nothing but these maps: a norm between them would mix its neurons."""
-    mlp = names[0].rpartition(".")[0]
-    if mlp not in modules:
+def _biased(part: str, config: ModelDict, modules: Modules, sizes: Sequence[tuple[int, int]]) -> bool | None:
+    """Whether the maps of a part have biases (of attention, the input maps); None if it is not the same in all layers.
+
+    Args:
+        part: of every layer.
+        config: the model's config.json.
+        modules: the model's.
+        sizes: inputs and outputs of the maps that the part must be, and nothing else.
+    """
+    found: set[bool] = set()
+    for layer in range(int(config["num_hidden_layers"])):
+        site = GenericFamily("").modules(Site(layer, part))
+        names = [*site.inputs.values(), site.output]
+        maps = [one for name in names if isinstance(one := modules.get(name), torch.nn.Linear)]
+        if not _are_all(names, modules) or [(one.in_features, one.out_features) for one in maps] != sizes:
+            return None
+        found |= {"bias" in dict(one.named_parameters()) for one in (maps if part == PART else maps[:-1])}
+    return found.pop() if len(found) == 1 else None
+
+
+def _heads_stay(modules: Modules, head_dim: int) -> str:
+    """Why heads cannot go."""
+    layer = f"{GenericFamily.layers}.0.self_attn."
+    weights = {name: getattr(one, "weight", None) for name, one in modules.items() if name.startswith(layer)}
+    for name, weight in weights.items():
+        if isinstance(weight, torch.Tensor) and weight.dim() == 1 and len(weight) > head_dim:
+            return f"{name} is one norm over all heads, which would change with every head that leaves"
+    known = "q_proj, k_proj, v_proj and o_proj alone"
+    return (
+        f"self_attn must be {known} where a family has no adapter of its own, and that one of {', '.join(WITH_HEADS)}"
+    )
+
+
+def _are_all(names: list[str], modules: Modules) -> bool:
+    """Whether nothing but these maps is there: a norm between them would mix the units."""
+    owner = names[0].rpartition(".")[0]
+    if owner not in modules:
         return False
-    owners = {f"{mlp}.{name.rpartition('.')[0]}" for name, _ in modules[mlp].named_parameters()}
+    owners = {f"{owner}.{name.rpartition('.')[0]}" for name, _ in modules[owner].named_parameters()}
     return owners == set(names)

@@ -12,7 +12,8 @@ import torch
 from cria_dist.errors import ConfigError
 from cria_dist.files import write_with
 from cria_dist.models import checkpoint
-from cria_dist.models.gguf_layout import Layout, layout_of, tensor_names
+from cria_dist.models.gguf_layout import Layout, layout_of
+from cria_dist.models.gguf_tensors import outgoing
 from cria_dist.models.gguf_tokenizer import describe_tokenizer
 from cria_dist.models.shapes import Stored, stored_tensors
 
@@ -49,7 +50,7 @@ def write_gguf(directory: Path, target: Path, float32: bool = False) -> Layout:
     odd = sorted({one.dtype for one in stored.values()} - FILE_TYPES.keys())
     if odd:
         raise ConfigError(f"weights of type {odd[0]} have no GGUF export; save the checkpoint in bfloat16")
-    layout = layout_of(checkpoint.read_config(directory), stored)
+    layout = layout_of(checkpoint.read_config(directory))
     if float32:
         stored = {name: Stored(tensor.shape, "F32") for name, tensor in stored.items()}
     write_with(target, lambda temporary: _write(directory, layout, stored, temporary))
@@ -59,26 +60,25 @@ def write_gguf(directory: Path, target: Path, float32: bool = False) -> Layout:
 def _write(directory: Path, layout: Layout, stored: Mapping[str, Stored], path: Path) -> None:
     import gguf
 
-    names, divisors = tensor_names(layout, sorted(stored)), layout.frequency_divisors()
+    tensors, divisors = outgoing(layout, stored), layout.frequency_divisors()
     writer = gguf.GGUFWriter(path, layout.architecture)
     try:
-        widest = stored["model.embed_tokens.weight"].dtype
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[widest]])
+        largest = max(tensors, key=lambda tensor: math.prod(tensor.like.shape))
+        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[largest.like.dtype]])
         layout.describe(writer)
         describe_tokenizer(directory, layout.config.vocab_size, writer)
         if divisors is not None:
             _announce(writer, DIVISORS, Stored(divisors.shape, "F32"))
-        for name, called in names.items():
-            _announce(writer, called, stored[name])
+        for tensor in tensors:
+            _announce(writer, tensor.called, tensor.like)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if divisors is not None:
             writer.write_tensor_data(divisors.numpy())
-        with checkpoint.open_tensors(directory) as tensors:
-            for name in names:
-                tensor = layout.operation(name)(tensors.read(name))
-                writer.write_tensor_data(_words(tensor, _written(stored[name])))
+        with checkpoint.open_tensors(directory) as reader:
+            for tensor in tensors:
+                writer.write_tensor_data(_words(tensor.made(reader.read), _written(tensor.like)))
     finally:
         writer.close()
 

@@ -6,6 +6,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from cria_dist.models import checkpoint
+from cria_dist.models.experts import weights_met
 from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.models.sizes import sizes_of
 
@@ -22,13 +23,15 @@ def macs_per_position(config: ModelDict, family: MlpFamily, length: int) -> int:
         length: positions of the sequence; every position attends to all of them.
     """
     maps = (module for module in checkpoint.empty_model(config).modules() if isinstance(module, MAPS))
-    sizes = sizes_of(config, family)
-    return sum(one.weight.numel() for one in maps) + 2 * len(sizes.layers) * length * sizes.heads * sizes.head_dim
+    sizes, routed = sizes_of(config, family), sum(weights_met(family, config).values())
+    attention = 2 * len(sizes.layers) * length * sizes.heads * sizes.head_dim
+    return sum(one.weight.numel() for one in maps) + routed + attention
 
 
 def macs_of_layers(config: ModelDict, family: MlpFamily, length: int) -> list[int]:
     """Multiply-accumulates of one position of a sequence in every layer, as :func:`macs_per_position` counts them."""
     layers = cast(torch.nn.ModuleList, checkpoint.empty_model(config).get_submodule(family.layers))
-    heads = sizes_of(config, family)
+    heads, routed = sizes_of(config, family), weights_met(family, config)
     attention = 2 * length * heads.heads * heads.head_dim
-    return [attention + sum(one.weight.numel() for one in layer.modules() if isinstance(one, MAPS)) for layer in layers]
+    maps = [sum(one.weight.numel() for one in layer.modules() if isinstance(one, MAPS)) for layer in layers]
+    return [attention + count + routed.get(layer, 0) for layer, count in enumerate(maps)]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from cria_dist.models import attention, residual
 from cria_dist.models.names import shared_names
+from cria_dist.models.stacks import ONE_MAP, Stack
 from cria_dist.records import Site
 
 ModelDict = Mapping[str, Any]
@@ -70,14 +71,16 @@ class MlpFamily(ABC):
     """Module name of the list of layers."""
     embedding: ClassVar[str]
     """Module name of what makes hidden states of the input."""
+    attention_maps: ClassVar[tuple[str, ...]]
+    """Names within a layer of the maps of queries, keys and values, or of the one they are, and of what reads heads."""
+    mlp_maps: ClassVar[tuple[str, ...]]
+    """Names within a layer of the maps that make neurons, and of the one that reads them."""
+    mlp_signals: ClassVar[tuple[str, ...]] = ("input",)
+    """What the maps that make neurons give."""
     width_key: ClassVar[str] = "intermediate_size"
     """Key of config.json with the width of the MLPs."""
     transposed: ClassVar[bool] = False
     """Whether the maps' weights are stored with inputs as rows; see :meth:`oriented`."""
-
-    @abstractmethod
-    def modules(self, site: Site) -> SiteModules:
-        """Where the site's signals are observed, by names in memory."""
 
     @abstractmethod
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
@@ -91,6 +94,14 @@ class MlpFamily(ABC):
     def positions(self, config: ModelDict, sequence_length: int) -> int:
         """Hidden states of one calibration input."""
 
+    def modules(self, site: Site) -> SiteModules:
+        """Where the site's signals are observed, by names in memory."""
+        heads = site.part == attention.PART
+        names = self.attention_maps if heads else self.mlp_maps
+        *inputs, output = (f"{self.layers}.{site.layer}.{name}" for name in names)
+        signals = attention.SIGNALS[len(inputs)] if heads else self.mlp_signals
+        return SiteModules(dict(zip(signals, inputs, strict=True)), output, signals[-1:] if heads else signals)
+
     def on_disk(self, name: str) -> str:
         """What checkpoints call a module or parameter."""
         return name
@@ -102,6 +113,10 @@ class MlpFamily(ABC):
     def numbered(self, site: Site) -> str | None:
         """What tensors begin with before the number of a unit, where units have tensors of their own in checkpoints."""
         return None
+
+    def obstacle(self, part: str) -> str:
+        """Why the units of a part cannot go, where there is more to say than that they are not known."""
+        return ""
 
     def stored(self, site: Site) -> SiteModules:
         """The site's modules, by names in checkpoints."""
@@ -131,13 +146,13 @@ class MlpFamily(ABC):
         """
         return weight.T if self.transposed else weight
 
-    def stack(self, site: Site) -> int:
-        """Input maps that lie one after the other in one tensor: a unit has rows in each of them."""
-        return 1
+    def stack(self, site: Site, config: ModelDict) -> Stack:
+        """The maps in every tensor of the site's input maps."""
+        return ONE_MAP
 
-    def maps_in(self, name: str, site: Site) -> int:
-        """How many maps lie one after the other in a coupled tensor, along the dimension of the units."""
-        return 1 if name == f"{self.stored(site).output}.weight" else self.stack(site)
+    def maps_in(self, name: str, site: Site, config: ModelDict) -> Stack:
+        """The maps in a coupled tensor, along the dimension of the units."""
+        return ONE_MAP if name == f"{self.stored(site).output}.weight" else self.stack(site, config)
 
     def span(self, site: Site, config: ModelDict) -> int:
         """Inputs of the output map that one unit computes: columns, one after the other."""
@@ -158,14 +173,13 @@ class MlpFamily(ABC):
 
     def signal_names(self, site: Site, name: str) -> tuple[str | None, ...]:
         """What the outputs of a recorded input map are called, one by one of those in it; None for one left out."""
-        stack = self.stack(site)
-        return (name,) if stack == 1 else tuple(f"{name}.{index}" for index in range(stack))
+        return (None, None, "value") if name == attention.ALL_THREE else (name,)
 
     def coupled_tensors(self, site: Site, config: ModelDict) -> dict[str, int]:
         """Tensors of a checkpoint that carry the site's units, with the dimension the units lie along.
 
-        A unit has the same number of consecutive rows (or columns) as every other of its site, once in each of the
-        maps that the tensor holds.
+        A unit has the same number of consecutive rows (or columns) as every other of its site, in each of the maps that
+        the tensor holds.
         """
         modules, rows = self.stored(site), int(self.transposed)
         tensors = {f"{module}.weight": rows for module in modules.inputs.values()}

@@ -4,6 +4,7 @@
 ``cria_dist.load_pruned`` gives the stock class its sizes itself.
 """
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -20,6 +21,7 @@ from cria_dist.files import write_bytes
 from cria_dist.models import attention
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import PART, MlpFamily, Takes, layers_differ
+from cria_dist.models.widths import tell_heads
 from cria_dist.records import Site
 
 FILE = "modeling_pruned.py"
@@ -40,6 +42,9 @@ Every layer has the MLP neurons of `intermediate_size_per_layer` and the key-val
 `num_key_value_heads_per_layer` in config.json, where these are given; query heads per key-value head are the same
 everywhere.
 """
+
+import copy
+from typing import Any
 
 import torch
 from transformers import $config, $model
@@ -63,9 +68,11 @@ class Pruned$task($model):
         layers = self.get_submodule(LAYERS)
         for layer, kept in zip(layers, getattr(config, "intermediate_size_per_layer", None) or ()):
             resize(layer, *MAPS["mlp"], kept, config.$width)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         for layer, kept in zip(layers, getattr(config, "num_key_value_heads_per_layer", None) or ()):
-            resize(layer, *MAPS["attention"], kept, heads)
+            resize(layer, *MAPS["attention"], kept, groups)
+            owner = layer.get_submodule(MAPS["attention"][1].rpartition(".")[0])
+            tell_heads(owner, kept, config.num_attention_heads // groups)
 
 
 def resize(layer, inputs, output, kept, units):
@@ -83,10 +90,9 @@ def resize(layer, inputs, output, kept, units):
         else:
             new = torch.nn.Linear(before, after, old.bias is not None, old.weight.device, old.weight.dtype)
         layer.set_submodule(name, new)
-        owner = layer.get_submodule(name.rpartition(".")[0])
-        if name == output and hasattr(owner, "split_size"):  # where GPT-2 cuts queries, keys and values
-            owner.split_size = before
-''')
+
+
+$tell_heads''')
 
 
 def with_modeling_file(target: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +114,8 @@ def with_modeling_file(target: Path, config: Mapping[str, Any]) -> dict[str, Any
     names = {"model": model.__name__, "config": settings.__name__, "task": task}
     places = {"layers": family.layers, "width": family.width_key}
     maps = {part: _maps(family, part) if part in family.parts else ((), "") for part in (PART, attention.PART)}
-    write_bytes(target / FILE, MODELING.substitute(names, **places, **maps).encode())
+    source = MODELING.substitute(names, **places, **maps, tell_heads=inspect.getsource(tell_heads))
+    write_bytes(target / FILE, source.encode())
     return {**plain, "auto_map": AUTO_MAPS[family.takes]}
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from cria_dist.errors import PlanError
 from cria_dist.models import checkpoint, depth
 from cria_dist.models.mlp import MlpFamily, ModelDict
+from cria_dist.models.stacks import ONE_MAP, Stack
 from cria_dist.models.streaming import Piece, WindowReader, in_memory, write_pieces
 from cria_dist.records import Site
 
@@ -22,22 +23,19 @@ class Selection:
     Attributes:
         kept_S: their indices, ascending.
         units: how many there are.
-        stack: maps that lie one after the other in the tensor.
+        stack: the maps in the tensor.
         reads: the tensor reads the units, and the repair replaces it by one that reads those kept.
     """
 
     kept_S: torch.Tensor
     units: int
-    stack: int = 1
+    stack: Stack = ONE_MAP
     reads: bool = False
 
     def of(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """A tensor with the kept units only; every unit has the same number of consecutive rows along ``dim``."""
-        kept_S = self.kept_S.to(tensor.device)
-        if tensor.shape[dim] == self.units:
-            return tensor.index_select(dim, kept_S).contiguous()
-        parts = tensor.unflatten(dim, (self.stack, self.units, -1))
-        return parts.index_select(dim + 1, kept_S).flatten(dim, dim + 2).contiguous()
+        """A tensor with the kept units only, which lie along ``dim``."""
+        rows = self.stack.rows_of(self.kept_S, self.units, tensor.shape[dim])
+        return tensor.index_select(dim, rows.to(tensor.device)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Surgery:
             site, kept_S = Site.from_key(key), torch.tensor(kept, dtype=torch.int64)
             solved = self.family.solved(site, self.config)
             for name, dim in self.family.coupled_tensors(site, self.config).items():
-                selection = Selection(kept_S, widths[key], self.family.maps_in(name, site), name in solved)
+                selection = Selection(kept_S, widths[key], self.family.maps_in(name, site, self.config), name in solved)
                 chosen.setdefault(name, []).append((selection, dim))
         return chosen
 

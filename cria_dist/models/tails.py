@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from cria_dist.models.blocks import Passage, StandIn
+from cria_dist.models.blocks import Passage, StandIn, embedded
 from cria_dist.models.mlp import MlpFamily
 
 
@@ -41,13 +41,13 @@ class TailModel:
         if first == stop:
             return hidden_STD
         with self._only(first, stop, hidden_STD) as passage:
-            self._decoder(inputs_embeds=hidden_STD, use_cache=False)
+            self._decoder(inputs_embeds=embedded(hidden_STD, self.model), use_cache=False)
         return _left(passage)
 
     def logits(self, hidden_STD: torch.Tensor, first: int) -> torch.Tensor:
         """What the whole model predicts, [S, T, V], from the hidden states before layer ``first``."""
         with self._only(first, self.depth, hidden_STD):
-            return self.model(inputs_embeds=hidden_STD, use_cache=False).logits
+            return self.model(inputs_embeds=embedded(hidden_STD, self.model), use_cache=False).logits
 
     @contextmanager
     def without(self, layer: int) -> Generator[None]:

@@ -1,19 +1,20 @@
 """Layers of different widths in a stock class: their maps get their sizes when the model is built."""
 
+import copy
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from cria_dist.models import attention
 from cria_dist.models.mlp import PER_LAYER, MlpFamily, ModelDict, layers_differ
 
 
 def resize_layers(model: PreTrainedModel, family: MlpFamily, config: ModelDict) -> None:
     """Give every layer the units that the config says; a model whose layers are alike stays as it is.
 
-    Attention modules read their number of heads off the maps, and query heads per group are the same everywhere;
-    GPT-2's is told where its map of queries, keys and values is cut.
+    Query heads per group are the same everywhere.
 
     Args:
         model: a model just built, its weights without values yet.
@@ -30,9 +31,22 @@ def resize_layers(model: PreTrainedModel, family: MlpFamily, config: ModelDict) 
         for name in modules.inputs.values():
             _replace(model, name, "out_features", width, built[site])
         _replace(model, modules.output, "in_features", width, built[site])
-        owner = model.get_submodule(modules.output.rpartition(".")[0])
-        if "split_size" in vars(owner):
-            setattr(owner, "split_size", width * family.span(site, config))  # noqa: B010  (a type checker knows no such)
+        if site.part == attention.PART:
+            queries = attention.attention_shape(config).queries
+            tell_heads(model.get_submodule(modules.output.rpartition(".")[0]), width, queries)
+
+
+def tell_heads(attention: Any, groups: int, queries: int) -> None:
+    """Give an attention module its numbers of heads where it keeps them and does not read them off its maps."""
+    heads = groups * queries
+    if hasattr(attention, "split_size"):  # where GPT-2 cuts queries, keys and values
+        attention.split_size = heads * attention.head_dim
+    if hasattr(attention, "qkv_proj"):  # Phi-3 asks its config where to cut them
+        attention.config = copy.copy(attention.config)
+        attention.config.num_attention_heads = heads
+    for name, count in (("num_heads", heads), ("num_key_value_heads", groups)):
+        if hasattr(attention, name):
+            setattr(attention, name, count)
 
 
 def resizing_class(stock: type[PreTrainedModel], family: MlpFamily, config: ModelDict) -> type[PreTrainedModel]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cria_dist import files
+from cria_dist.errors import PlanError
 from cria_dist.maths.allocation_curves import Curve, measured_widths, sensitivity_widths
 from cria_dist.maths.allocation_mixed import mixed_widths
 from cria_dist.maths.allocation_rooms import Room, check_floors, even_widths
@@ -70,20 +71,33 @@ def spread_widths(context: Context, folder: Path, model: "Model", analysis: str,
     """
     chosen_by = context.job.config.prune.allocation
     spread = _spread(context, folder, model, analysis, index)
-    even = even_widths(spread.rooms, spread.left)
     if chosen_by == "global":
         keep = {key: site_scores.read_scores(folder, Site.from_key(key)).keep_N for key in spread.rooms}
         widths = global_widths(keep, spread.rooms, spread.left)
     else:
         widths = _least_loss(_curves(context, spread), spread)
-    candidates = {"uniform": even, chosen_by: widths}
+    candidates = {**_evenly(spread), chosen_by: widths}
     losses = _losses(context, spread.task, [trial(name, widths) for name, widths in candidates.items()])
     return candidates[_tell(context, spread, candidates, losses)]
 
 
+def _evenly(spread: Spread) -> dict[str, dict[str, int]]:
+    """What the choice is compared with; none where whole layers may go and the units inside them do not suffice."""
+    try:
+        return {"uniform": even_widths(spread.rooms, spread.left)}
+    except PlanError:
+        if not _layers(spread):
+            raise
+        return {}
+
+
+def _layers(spread: Spread) -> list[str]:
+    return [key for key in spread.rooms if Site.from_key(key).part == depth.PART]
+
+
 def _least_loss(curves: Mapping[str, Curve], spread: Spread) -> dict[str, int]:
     """The best widths by the measured curves; whole layers are weighed against the units inside them."""
-    layers = [key for key in spread.rooms if Site.from_key(key).part == depth.PART]
+    layers = _layers(spread)
     if not layers:
         return sensitivity_widths(curves, spread.rooms, spread.left)
     inside = {key: [other for other in spread.rooms if other != key and _same_layer(other, key)] for key in layers}

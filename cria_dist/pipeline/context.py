@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from cria_dist import files
+from cria_dist.models import checkpoint
 from cria_dist.pool import Flow, Pool
 from cria_dist.records import StageTime
 from cria_dist.report.progress import Bar, Progress
+from cria_dist.stages.halving import Race
 from cria_dist.stages.prepare import Job
 from cria_dist.stages.training import TrainTask
 
@@ -30,12 +32,21 @@ class Context:
         pool: where work items run.
         train: how a training is carried out.
         progress: what the user sees.
+        race: where a sweep compares this run's recovery with others.
     """
 
     job: Job
     pool: Pool
     train: Train
     progress: Progress
+    race: Race | None = None
+
+    @property
+    def stopped(self) -> str | None:
+        """What became of a recovery that a sweep stopped early and that has not gone on to its end since."""
+        if self.race is None or checkpoint.is_complete(self.job.folder / "recovered"):
+            return None
+        return self.race.state(self.job.config.recover.steps)
 
     @contextmanager
     def stage(self, name: str, total: int, unit: str) -> Generator[Bar]:

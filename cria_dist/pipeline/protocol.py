@@ -13,6 +13,7 @@ def protocol(context: Context) -> tuple[str, ...]:
         "Compared methods: one shot, the same widths, with and without the same repair.",
         *_layers_beside_neurons(context),
         *weights.protocol(context),
+        *_stopped_recovery(context),
     )
 
 
@@ -54,3 +55,10 @@ def _layers_beside_neurons(context: Context) -> tuple[str, ...]:
     equal = "" if config.prune.budget != "units" else ", which is not the same number of parameters"
     share = "neurons of each layer, or of the layers" if config.prune.budget == "units" else config.prune.budget
     return (f"Whole layers and neurons: the ratio is the share of the {share}{equal}; removed layers get no repair.",)
+
+
+def _stopped_recovery(context: Context) -> tuple[str, ...]:
+    """That the numbers are not those of the recovery that the configuration asks for."""
+    if context.stopped is None:
+        return ()
+    return (f"Recovery: {context.stopped}; a sweep stopped it, no number is of it, the command goes on from there.",)

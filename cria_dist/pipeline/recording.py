@@ -1,11 +1,13 @@
 """The record step of a round: take over, resume or observe, under a schedule that fits the machine."""
 
 import functools
+from collections.abc import Collection
 from pathlib import Path
 
 from cria_dist import files
 from cria_dist.models import checkpoint, depth
 from cria_dist.pipeline.context import Context
+from cria_dist.records import Site
 from cria_dist.stages import boundary, record, schedule
 from cria_dist.stages.footprint import num_shards, shard_sequences, signal_dtype
 from cria_dist.store.places import adopt, open_recording
@@ -41,15 +43,16 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
     if source is not None:
         context.progress.note(f"{name}: taken over from {source.relative_to(job.folder.parent)} (same model and text)")
         return recording
-    _observe(context, name, recording, model_dir)
     observed = checkpoint.read_config(model_dir)
     layers = depth.layer_sites(observed) if config.records_hidden else ()
-    recording.write_manifest([*job.family.widths(observed, config.prune.parts), *layers], shards)
+    sites = [*job.family.widths(observed, config.prune.parts), *layers]
+    _observe(context, name, recording, model_dir, sites)
+    recording.write_manifest(sites, shards)
     boundary.delete_all(recording)
     return recording
 
 
-def _observe(context: Context, name: str, recording: Recording, model_dir: Path) -> None:
+def _observe(context: Context, name: str, recording: Recording, model_dir: Path, sites: Collection[Site]) -> None:
     job, config = context.job, context.job.config
     task = record.RecordTask(
         recording=recording,
@@ -67,8 +70,7 @@ def _observe(context: Context, name: str, recording: Recording, model_dir: Path)
     chosen = schedule.choose(config, checkpoint.read_config(model_dir), context.pool)
     context.progress.note(f"{name}: {chosen.kind}, {chosen.reason}")
     shards = num_shards(config)
-    parts = (*config.prune.parts, *([depth.PART] if config.records_hidden else []))
-    items = schedule.pending(chosen, shards, recording.committed(), boundary.stored(recording), parts)
+    items = schedule.pending(chosen, shards, recording.committed(), boundary.stored(recording), sites)
     total = shards * len(chosen.blocks)
     if 0 < len(items) < total:
         context.progress.note(f"{name}: {total - len(items)} of {total} shards were recorded before")

@@ -54,7 +54,7 @@ def _recovery_digest(context: Context, pruned: Model) -> str:
 
 
 def recover_model(context: Context, pruned: Model) -> Model | None:
-    """Fine-tune the pruned checkpoint; None when recovery is switched off."""
+    """Fine-tune the pruned checkpoint; None when recovery is switched off, or was stopped."""
     job, config = context.job, context.job.config.recover
     if not config.steps:
         return None
@@ -62,9 +62,13 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
     target = job.folder / "recovered"
     mark = job.folder / "recover" / "done.json"
     log_path = loss_path(context, pruned)
+    if context.race is not None:
+        context.race.follow(recover.read_log(log_path), config.steps)
     if mark.is_file() and files.read_json(mark) == {"digest": digest} and checkpoint.is_complete(target):
         context.progress.note(f"recover: complete, {config.steps} steps")
         return Model(target, digest, pruned.plan)
+    if context.stopped:
+        return None
     plan = pruned.plan if config.distill_hidden else None
     layers = None if plan is None else depth.surviving(plan.kept, job.model_config)
     teacher = recover.Teacher(job.model_dir, job.numerics.dtype, layers)
@@ -72,7 +76,9 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
         pruned.directory, job.calibration_path, target, log_path, config, job.numerics.matmul, job.config.seed, teacher
     )
     held = weights.held_zeros(job.config.method, pruned.directory)
-    task = replace(task, held=held, labels_path=job.calibration_labels_path, parts=job.config.prune.parts)
+    task = replace(
+        task, held=held, labels_path=job.calibration_labels_path, parts=job.config.prune.parts, race=context.race
+    )
     context.pool.release()
     tokens_per_step = config.batch_sequences * (config.sequence_length if task.labels_path is None else 1)
     with (
@@ -80,6 +86,9 @@ def recover_model(context: Context, pruned: Model) -> Model | None:
         recover.following(log_path, bar.advance, tokens_per_step),
     ):
         context.train(task, f"recover-{digest[:12]}", job.folder / "recover")
+    if context.stopped:
+        context.progress.note(f"recover: {context.stopped}")
+        return None
     if pruned.plan is not None:
         files.write_bytes(target / checkpoint.PLAN, pruned.plan.to_json().encode())
     files.write_json(mark, {"digest": digest})
@@ -144,7 +153,7 @@ def evaluate_variants(context: Context, variants: Sequence[DigestedVariant]) -> 
         numerics = [job.numerics.dtype, job.numerics.matmul, settings.batch_sequences]
         key = files.digest("evaluate", digest, *job.test_digests, numerics)
         paths[variant] = job.folder / "evaluations" / f"{key[:16]}.json"
-    missing = [variant for variant, path in paths.items() if not (path.is_file() or _taken_over(path))]
+    missing = [variant for variant, path in paths.items() if not _is_there(path)]
     if job.test_labels_path is None:
         meter = functools.partial(evaluate.PerplexityMeter, job.test_path)
     else:
@@ -157,13 +166,9 @@ def evaluate_variants(context: Context, variants: Sequence[DigestedVariant]) -> 
     ]
 
 
-def _taken_over(path: Path) -> bool:
-    """Whether a neighbouring run measured the same variant on the same data: the dense model's result is everyone's."""
-    for other in sorted(path.parents[2].glob(f"*/evaluations/{path.name}")):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(path, other.read_bytes())
-        return True
-    return False
+def _is_there(path: Path) -> bool:
+    """Whether a variant was measured, here or by a neighbouring run: the dense model's result is everyone's."""
+    return path.is_file() or files.take_copy(path.parents[2], f"*/evaluations/{path.name}", path)
 
 
 def demonstrate_variants(

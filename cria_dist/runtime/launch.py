@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from cria_dist.runtime.session import gpus_per_worker, grows, ray_session
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import training
 from cria_dist.stages.prepare import Job, prepare
-from cria_dist.stages.recover import Place
+from cria_dist.stages.recover import Place, RecoverTask
+from cria_dist.stages.recover_state import STATE
 
 
 def run(config: RunConfig, until: Stage = "evaluate") -> tuple[Job, Report | None]:
@@ -62,9 +64,18 @@ def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
 
 
 def train_here(task: training.TrainTask, name: str, storage: Path) -> None:
-    """Train in this process with one worker; an interrupted training starts again."""
-    del name, storage
-    training.carry_out(task, Place(), None, lambda step, write: None)
+    """Train in this process with one worker; an interrupted training starts again.
+
+    One that a sweep compares with others keeps its last checkpoint, from which it goes on if it was stopped.
+    """
+    kept = storage / name
+
+    def keep(step: int, write: Callable[[Path], None]) -> None:
+        if isinstance(task, RecoverTask) and task.race is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+            write(kept)
+
+    training.carry_out(task, Place(), kept if (kept / STATE).is_file() else None, keep)
 
 
 def command_line() -> str:

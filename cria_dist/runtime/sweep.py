@@ -32,22 +32,24 @@ class Share:
     """What one trial may use.
 
     Attributes:
+        sweep: where trials are compared while they recover.
         workers: worker processes.
         gpus: GPUs of each.
     """
 
+    sweep: Sweep
     workers: int
     gpus: float
 
     def context(self, trial: Trial, until: Stage = "evaluate") -> Context:
         """The surroundings of a trial's run."""
         job = prepare(trial.config, until)
-        progress = Progress(job.folder)
+        progress, race = Progress(job.folder), self.sweep.race(trial)
         if trial.config.run.pool == "local":
             torch.set_num_threads(1)  # see launch.py
-            return Context(job, LocalPool(), train_here, progress)
+            return Context(job, LocalPool(), train_here, progress, race)
         trainer = RayTrainer(trial.config.recover.workers, self.gpus > 0, grows(trial.config))
-        return Context(job, RayPool(self.workers, self.gpus), trainer, progress)
+        return Context(job, RayPool(self.workers, self.gpus), trainer, progress, race)
 
 
 def run(sweep: Sweep) -> list[Row]:
@@ -67,7 +69,7 @@ def carry_out(sweep: Sweep, workers: int) -> list[Row]:
     """:func:`run` inside a session with so many workers."""
     gpus = gpus_per_worker(sweep.base)
     _check_room(sweep, "GPU" if gpus else "CPU")
-    everything, share = Share(workers, gpus), Share(max(workers // sweep.concurrency, 1), gpus)
+    everything, share = Share(sweep, workers, gpus), Share(sweep, max(workers // sweep.concurrency, 1), gpus)
     progress = Progress(sweep.folder, interactive=False)  # the runs have displays of their own
     progress.note(f"sweep folder {sweep.folder}: {sweep.count} trials, {sweep.concurrency} at a time")
     state = "failed"
@@ -106,7 +108,9 @@ def _measure(finished: Sequence[Trial], share: Share, progress: Progress) -> lis
             context.progress.close()
             if report is None:
                 raise TypeError("a run that is not told to stop ends with a report")
-            rows.append(row(trial.label, trial.command, context.job.folder, report))
+            rows.append(row(trial.label, trial.command, context.job.folder, report, context.stopped))
+            if rows[-1].stopped:
+                progress.note(f"{rows[-1].stopped}; to go on: {trial.command}")
             bar.advance()
     return rows
 

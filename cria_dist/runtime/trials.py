@@ -74,9 +74,10 @@ def carry_out(sweep: Sweep, make_context: MakeContext, progress: Progress) -> Tr
                     failures[trial.label] = " ".join(str(reason).split())
                 else:
                     tried[trial.folder] = trial  # a search may choose the same again
-    found = list(tried.values())
-    if sweep.searches:  # Tune tells them in another order when a search goes on
-        found.sort(key=lambda trial: trial.label)
+    # Tune tells them in another order when a sweep goes on
+    found = [trial for trial in sweep.trials if trial.folder in tried]
+    if sweep.searches:
+        found = sorted(tried.values(), key=lambda trial: trial.label)
     return Tried(tuple(found), failures)
 
 

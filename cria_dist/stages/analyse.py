@@ -131,11 +131,11 @@ class Analyst:
 
     def _weights(self, site: Site, width: int) -> tuple[Float64, Float64, Float64]:
         """Coupled norm of every unit (incoming rows together, times columns), norms of the columns, their map."""
-        modules, stack = self._family.stored(site), self._family.stack(site)
+        modules, stack = self._family.stored(site), self._family.stack(site, self._config)
         with checkpoint.open_tensors(self._task.model_dir) as tensors:
             names = [f"{name}.weight" for name in (*modules.inputs.values(), modules.output)]
             *maps, output_DN = (self._family.oriented(tensors.read(name)).double() for name in names)
-            squared_N = sum(one.square().sum(dim=1).numpy().reshape(stack, width, -1).sum((0, 2)) for one in maps)
+            squared_N = sum(stack.sums(one.square().sum(dim=1), width) for one in maps)
         output_norm_N = output_DN.norm(dim=0).numpy()
         columns_N = output_norm_N
         if output_norm_N.size > width:

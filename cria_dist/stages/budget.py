@@ -170,7 +170,8 @@ def fewest_units(
     if prune.budget != "latency":  # times are measured when scores are there
         left = budget.left(dense, prune, prune.rounds - 1)
         check_floors(rooms, left, budget.total, prune.ratio)
-        even_widths(rooms, left)  # what the result is compared with must be possible too
+        if "layer" not in prune.units:
+            even_widths(rooms, left)  # what the result is compared with must be possible too
     return {key: one.smallest for key, one in rooms.items() if Site.from_key(key).part != depth.PART}
 
 

@@ -26,16 +26,15 @@ def check_experts(config: RunConfig, family: MlpFamily, model_config: Mapping[st
     """
     if experts.PART not in family.parts:
         return
-    what, prune = f"model_type {family.model_type!r} has experts", config.prune
-    if "layer" in prune.units and not all(
-        experts.has_experts(model_config, layer) for layer in range(int(model_config["num_hidden_layers"]))
-    ):
-        raise ConfigError(f"{what} in some layers, told by their numbers, so no layer can go; leave layer out")
-    if config.recover.steps and config.recover.strategy == "fsdp2":
-        raise ConfigError(f"{what}, which recover.strategy=fsdp2 cannot write; set recover.strategy=ddp")
+    prune = config.prune
     methods = (config.method, *config.compare)
-    if other := [one.title for one in methods if one.unit != "mlp"]:
-        raise ConfigError(f"{what}; {other[0]} knows no model of them, choose activation, magnitude, taylor or random")
+    if other := [one.title for one in methods if one.unit == "weight"]:
+        raise ConfigError(
+            f"model_type {family.model_type!r} has experts; {other[0]} knows no model of them, choose activation, "
+            "magnitude, taylor or random"
+        )
+    if config.recover.steps and config.recover.train == "mlp" and not family.widths(model_config, prune.parts):
+        raise ConfigError("recover.train=mlp trains what lost units, and whole layers go; set recover.train=blocks")
     if experts.PART not in prune.units:
         return
     if other := [one.title for one in methods if not one.scores_experts]:

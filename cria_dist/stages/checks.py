@@ -69,17 +69,18 @@ def _check_gates(config: RunConfig, method: GateMethod) -> None:
 
 def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
     """What is to be removed must be known of the family, and of every method."""
-    units = config.prune.units
+    units, methods = config.prune.units, (config.method, *config.compare)
     unknown = sorted({*config.prune.parts} - {*family.parts, *residual.PARTS})
-    if unknown:
+    if unknown and not (units == ("mlp",) and all(method.unit == "layer" for method in methods)):
+        reason = f" ({obstacle})" if (obstacle := family.obstacle(unknown[0])) else ""
         raise ConfigError(
             f"prune.units={list(units)}: of model_type {family.model_type!r}, {', '.join(family.parts)} can be pruned, "
-            f"{unknown[0]} cannot; leave it out"
+            f"{unknown[0]} cannot{reason}; leave it out"
         )
     check_experts(config, family, model_config)
     if residual.UNIT in units:
         _check_residual(config, model_config)
-    other = [one.title for one in (config.method, *config.compare) if not one.scores_groups]
+    other = [one.title for one in methods if not one.scores_groups]
     if other and units not in (("mlp",), (residual.UNIT,)):
         raise ConfigError(f"{other[0]} does not know prune.units={list(units)}; set it to mlp, or take another method")
     if config.prune.budget == "kv_cache" and family.takes != "tokens":
@@ -87,7 +88,7 @@ def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str,
             f"prune.budget=kv_cache is of models that write text, and model_type {family.model_type!r} takes "
             f"{family.takes}; set prune.budget=units"
         )
-    layers_go = "layer" in units or any(method.unit == "layer" for method in (config.method, *config.compare))
+    layers_go = "layer" in units or any(method.unit == "layer" for method in methods)
     if layers_go and model_config.get("scale_attn_by_inverse_layer_idx"):
         raise ConfigError(
             "this model divides what a layer attends to by the layer's number (scale_attn_by_inverse_layer_idx), so no "

@@ -6,14 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from cria_dist.config import RunConfig
 from cria_dist.errors import PlanError
 from cria_dist.models import depth
-from cria_dist.models.macs import macs_per_position
+from cria_dist.models.macs import macs_of_layers, macs_per_position
 from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.models.sizes import sizes_of
 from cria_dist.records import PruningPlan, Site
 
 
 def layers_to_remove(config: RunConfig, family: MlpFamily, model_config: ModelDict, dense_parameters: int) -> int:
-    """The fewest layers that make up at least ``prune.ratio`` of what ``prune.budget`` measures.
+    """The fewest layers that make up at least ``prune.ratio`` of what ``prune.budget`` measures, whichever they are.
 
     Raises:
         PlanError: no layer would be left.
@@ -24,8 +24,8 @@ def layers_to_remove(config: RunConfig, family: MlpFamily, model_config: ModelDi
         cost, total = min(sizes_of(model_config, family).layers), dense_parameters
     elif budget == "macs":
         length = family.positions(model_config, config.data.sequence_length)
+        cost = min(macs_of_layers(model_config, family, length))
         total = macs_per_position(model_config, family, length)
-        cost = total - macs_per_position(depth.shallower(model_config, tuple(range(layers - 1))), family, length)
     count = math.ceil(ratio * total / cost - 1e-9)
     if count >= layers:
         share = f"the {layers} layers" if budget == "units" else f"all {total:,} {budget}"

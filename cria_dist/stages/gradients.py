@@ -13,6 +13,7 @@ from cria_dist.errors import ConfigError, NumericError
 from cria_dist.methods import GradientSample
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
+from cria_dist.models.stacks import ONE_MAP, Stack
 from cria_dist.records import Float64, Site
 from cria_dist.stages.examples import Data, read_examples
 from cria_dist.stages.recover_loss import mean_loss
@@ -78,7 +79,7 @@ class GradientTaker:
         self._widths = family.widths(config, task.parts)
         self._coupled = {
             site: [
-                (stored[name].requires_grad_(), dim, family.maps_in(name, site))
+                (stored[name].requires_grad_(), dim, family.maps_in(name, site, config))
                 for name, dim in family.coupled_tensors(site, config).items()
             ]
             for site in self._widths
@@ -123,16 +124,17 @@ class GradientTaker:
         return values_N
 
 
-def unit_salience(parameter: torch.Tensor, dim: int, units: int, stack: int = 1) -> torch.Tensor:
+def unit_salience(parameter: torch.Tensor, dim: int, units: int, stack: Stack = ONE_MAP) -> torch.Tensor:
     """``sum |w * dL/dw|`` over the weights of each unit, float64 [N].
 
     Args:
         parameter: a tensor with its gradient.
         dim: the dimension the units lie along, each with the same number of rows.
         units: how many there are.
-        stack: maps one after the other, each with rows of every unit.
+        stack: the maps in the tensor.
     """
     if parameter.grad is None:
         raise TypeError("the parameter took no part in the loss")
     product = parameter.detach().double() * parameter.grad.double()
-    return product.abs().movedim(dim, 0).reshape(stack, units, -1).sum(dim=2).sum(dim=0)
+    maps = stack.split(product.abs().movedim(dim, 0), units)
+    return torch.stack([one.reshape(units, -1).sum(dim=1) for one in maps]).sum(dim=0)

@@ -32,8 +32,6 @@ GGUF_BYTES = 4 << 30
 REMOTE = f"by rule: {FILE} beside the weights builds the layers; nothing here ever runs it"
 ONNX = ("no: models that write text have no ONNX export", "by rule: `cria export --format onnx` writes and tries it")
 """Trying it takes as long as a small run."""
-TOLERANCE = 1e-4
-"""Of float32 logits, relative to the largest: llama.cpp adds up in another order."""
 TIMEOUT_SECONDS = 1800
 LLAMA_CPP = """
 import sys
@@ -109,7 +107,7 @@ def _llama_cpp(directory: Path, config: Mapping[str, Any], model: torch.nn.Modul
         if next(model.parameters()).dtype == torch.float32
         else checkpoint.from_pretrained(directory, dtype=torch.float32)
     )
-    return _compared(found, _logits(exact, tokens_T), form)
+    return _compared(found, _logits(exact, tokens_T), form, layout.rules.tolerance)
 
 
 def _run_llama_cpp(path: Path, tokens_T: np.ndarray) -> np.ndarray | str:
@@ -132,8 +130,8 @@ def _logits(model: torch.nn.Module, tokens_T: np.ndarray) -> np.ndarray:
         return model(input_ids=torch.from_numpy(tokens_T)[None].to(device)).logits[0].float().cpu().numpy()
 
 
-def _compared(theirs_TV: np.ndarray, ours_TV: np.ndarray, form: str) -> str:
-    difference, allowed = np.abs(theirs_TV - ours_TV).max(), TOLERANCE * np.abs(ours_TV).max()
+def _compared(theirs_TV: np.ndarray, ours_TV: np.ndarray, form: str, tolerance: float) -> str:
+    difference, allowed = np.abs(theirs_TV - ours_TV).max(), tolerance * np.abs(ours_TV).max()
     same, positions = int((theirs_TV.argmax(axis=1) == ours_TV.argmax(axis=1)).sum()), len(ours_TV)
     greedy = f"the same most likely token at {same} of {positions} positions"
     if difference <= allowed:

@@ -95,11 +95,14 @@ def write_losses(task: LossTask, item: Probe | Trial, losses: Sequence[float]) -
 
 def adopt(task: LossTask, root: Path, item: Probe) -> bool:
     """Take over what a neighbouring run measured: budgets share the curves."""
-    for other in sorted(root.glob(f"*/*/{FOLDER}")):
-        if read_losses(other.parent, item, task.digest) is not None:
-            files.write_bytes(_path(task.folder, item), _path(other.parent, item).read_bytes())
-            return True
-    return False
+
+    def take(other: Path) -> bool:
+        if read_losses(other.parent, item, task.digest) is None:
+            return False
+        files.write_bytes(_path(task.folder, item), _path(other.parent, item).read_bytes())
+        return True
+
+    return files.take_over(root, f"*/*/{FOLDER}", take) is not None
 
 
 def trial(name: str, widths: Mapping[str, int]) -> Trial:

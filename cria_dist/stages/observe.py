@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 
 from cria_dist.errors import NumericError
+from cria_dist.models.stacks import ONE_MAP, Stack
 from cria_dist.records import Site
 from cria_dist.stages.gram import gram_of
-from cria_dist.stages.observer import Observer, Sums, broken
+from cria_dist.stages.observer import REMEDY, Observer, Sums, broken
 from cria_dist.store.recording import Slice
 
 
@@ -38,7 +39,6 @@ class SiteObserver(Observer):
         super().__init__(units, width, dtype, device)
         self.count = 0
         self.total_U = torch.zeros(units.stop - units.start, dtype=torch.float32, device=device)
-        self._broken = torch.zeros((), dtype=torch.int64, device=device)
         self._gram = gram_of(units, width, device)
         self._gather = gather
 
@@ -47,24 +47,28 @@ class SiteObserver(Observer):
         super().reset(expected)
         self.count = 0
         self.total_U.zero_()
-        self._broken.zero_()
         self._gram.clear()
 
-    def input_hook(self, *names: str | None, units: int = 1) -> Callable[..., None]:
-        """Hook for a linear map whose output is a pre-activation signal.
+    def input_hook(self, *names: str | None, stack: Stack = ONE_MAP, units: int = 1) -> Callable[..., None]:
+        """Hook for a linear map whose output is a pre-activation signal, or several where it is several maps in one.
 
-        A head of values is read by several query heads: its signal is repeated for each of them. A map that is several
-        maps in one has as many signals, of which those without a name are not kept.
+        A head of values is read by several query heads: its signal is repeated for each of them.
+
+        Args:
+            names: what the signals are called; None for one that is not kept.
+            stack: the maps.
+            units: of the site.
         """
 
         def hook(_module: torch.nn.Module, _args: object, output: torch.Tensor) -> None:
-            size, signal_TU = len(self.total_U), output.reshape(-1, output.shape[-1])
-            if (times := size // signal_TU.shape[1]) > 1:
-                heads = signal_TU.unflatten(1, (units, 1, -1))
-                signal_TU = heads.expand(-1, -1, times, -1).flatten(1)
-            for part, map_TU in zip(names, signal_TU.split(size, dim=1), strict=True):
-                if part is not None:
-                    self._keep(part, map_TU)
+            size, signals = len(self.total_U), stack.split(output.reshape(-1, output.shape[-1]), units, dim=1)
+            for part, signal_TU in zip(names, signals, strict=True):
+                if part is None:
+                    continue
+                if (times := size // signal_TU.shape[1]) > 1:
+                    heads = signal_TU.unflatten(1, (units, 1, -1))
+                    signal_TU = heads.expand(-1, -1, times, -1).flatten(1)
+                self._keep(part, signal_TU.reshape(-1, size))
 
         return hook
 
@@ -76,12 +80,6 @@ class SiteObserver(Observer):
         self.total_U += signal_TU.sum(dim=0, dtype=torch.float32)
         self._gram.add(self._gather(signal_TU))
 
-    def layer_hook(self, _module: torch.nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor]) -> None:
-        """Hook for the layer: tokens whose hidden state it leaves NaN or infinite (one sum per token shows it)."""
-        hidden_STD = output[0] if isinstance(output, tuple) else output
-        self._broken += (~torch.isfinite(hidden_STD.sum(dim=-1, dtype=torch.float32))).sum()
-        self._finish()
-
     def moments(self) -> Sums:
         """Tokens, their sum [U] and the sum of their products with all units [U, N], float32."""
         return self.count, self.total_U.cpu().numpy(), self._gram.rows()
@@ -92,11 +90,8 @@ class SiteObserver(Observer):
         Raises:
             NumericError: names site, shard and how many values.
         """
-        where, remedy = f"{site.key}, shard {shard}", "does the model overflow in this model.dtype?"
-        if tokens := int(self._broken):
-            raise NumericError(
-                f"{where}: hidden states of {tokens} tokens are NaN or infinite after the layer; {remedy}"
-            )
+        where = f"{site.key}, shard {shard}"
+        self._check_hidden(where)
         if sums := broken(self.total_U) + broken(self._gram.diagonal()):
-            raise NumericError(f"{where}: {sums} moments are NaN or infinite; {remedy}")
+            raise NumericError(f"{where}: {sums} moments are NaN or infinite; {REMEDY}")
         self._check_stored(where)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cria_dist.records import Site
-from cria_dist.stages.observer import Observer
+from cria_dist.stages.observer import Observer, left
 
 
 class HiddenObserver(Observer):
@@ -22,18 +22,19 @@ class HiddenObserver(Observer):
 
     def layer_hook(self, _module: torch.nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor]) -> None:
         """Hook after the layer: what leaves it."""
-        self._keep("output", _flat(output[0] if isinstance(output, tuple) else output))
-        self._finish()
+        self._keep("output", _flat(left(output)))
+        super().layer_hook(_module, _args, output)
 
     def moments(self) -> None:
         """None are taken."""
 
     def check(self, site: Site, shard: int) -> None:
-        """Refuse what overflows in storage; the site of the layer's neurons refuses NaN and infinity of the model.
+        """Refuse NaN and infinity in the hidden states of all tokens, and what overflows in storage.
 
         Raises:
             NumericError: names site, shard and how many values.
         """
+        self._check_hidden(f"{site.key}, shard {shard}")
         self._check_stored(f"{site.key}, shard {shard}")
 
 

@@ -66,8 +66,9 @@ class ObservedBlock:
                 held = ranks.units(width)
                 kind = ExpertsObserver if site.part == experts.PART else SiteObserver
                 observer = kind(Slice(held.start, held.stop), width, dtype, self._model.device, ranks.whole)
+                stack = family.stack(site, config)
                 for name in modules.recorded:
-                    hook = observer.input_hook(*family.signal_names(site, name), units=units)
+                    hook = observer.input_hook(*family.signal_names(site, name), stack=stack, units=units)
                     self._model.module(modules.seen_at(name)).register_forward_hook(hook)
                 self._model.module(modules.output).register_forward_pre_hook(observer.output_hook)
                 self._model.module(f"{family.layers}.{site.layer}").register_forward_hook(observer.layer_hook)

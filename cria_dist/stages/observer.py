@@ -16,6 +16,7 @@ from cria_dist.store.recording import Slice
 
 Sums = tuple[int, np.ndarray, np.ndarray]
 """Tokens, their sum [U] and the sum of their products with all units [U, N], float32."""
+REMEDY = "does the model overflow in this model.dtype?"
 
 
 class Observer(ABC):
@@ -38,6 +39,7 @@ class Observer(ABC):
         self._rows = torch.empty(0, dtype=torch.int64, device=device)
         self._at = slice(0, 0)
         self._finished: Callable[[], None] | None = None
+        self._broken = torch.zeros((), dtype=torch.int64, device=device)
 
     @abstractmethod
     def moments(self) -> Sums | None:
@@ -56,6 +58,7 @@ class Observer(ABC):
         self._expected = expected
         self._at = slice(0, 0)
         self._finished = None
+        self._broken.zero_()
 
     def begin(self, rows: torch.Tensor, finished: Callable[[], None] | None = None) -> None:
         """Get ready for a batch.
@@ -67,6 +70,11 @@ class Observer(ABC):
         self._rows = rows
         self._at = slice(self._at.stop, self._at.stop + len(rows))
         self._finished = finished
+
+    def layer_hook(self, _module: torch.nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor]) -> None:
+        """Hook for the layer: tokens whose hidden state it leaves NaN or infinite (one sum per token shows it)."""
+        self._broken += (~torch.isfinite(left(output).sum(dim=-1, dtype=torch.float32))).sum()
+        self._finish()
 
     def signals(self) -> dict[str, list[np.ndarray]]:
         """Tiles of the sampled signals in the words of the storage, [R, n] each; valid until the next shard."""
@@ -91,6 +99,12 @@ class Observer(ABC):
             finished, self._finished = self._finished, None
             finished()
 
+    def _check_hidden(self, where: str) -> None:
+        if tokens := int(self._broken):
+            raise NumericError(
+                f"{where}: hidden states of {tokens} tokens are NaN or infinite after the layer; {REMEDY}"
+            )
+
     def _check_stored(self, where: str) -> None:
         for name, tiles in self._signals.items():
             if overflown := sum(broken(tile_RU[: self._expected]) for tile_RU in tiles):
@@ -102,6 +116,11 @@ class Observer(ABC):
     def _words(self, tile_RU: torch.Tensor) -> np.ndarray:
         kept = tile_RU[: self._expected]
         return (kept.view(torch.uint16) if self._dtype is torch.bfloat16 else kept).cpu().numpy()
+
+
+def left(output: torch.Tensor | tuple[torch.Tensor]) -> torch.Tensor:
+    """The hidden state among what a layer gives."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def broken(values: torch.Tensor) -> int:

@@ -21,6 +21,7 @@ from cria_dist.models import checkpoint
 from cria_dist.stages.augment import augmented
 from cria_dist.stages.distil import Teacher, objective_of
 from cria_dist.stages.examples import Data
+from cria_dist.stages.halving import Race
 from cria_dist.stages.recover_data import sequence_order, training_data
 from cria_dist.stages.recover_log import append_log, cut_log, following, read_log
 from cria_dist.stages.recover_loss import Objective, next_token_loss
@@ -28,7 +29,7 @@ from cria_dist.stages.recover_model import Learning, merged_state, stored_names
 from cria_dist.stages.recover_shards import is_shared, load_shared, write_like
 from cria_dist.stages.recover_state import TrainState
 from cria_dist.stages.recover_step import Place, learning_rate, optimise
-from cria_dist.stages.recover_watch import held_out_loss, is_over, split
+from cria_dist.stages.recover_watch import falls_behind, held_out_loss, is_over, split
 from cria_dist.stages.recover_zeros import hold_zeros
 
 __all__ = ["Checkpoint", "Place", "RecoverTask", "Teacher", "following", "next_token_loss", "read_log", "train"]
@@ -50,6 +51,7 @@ class RecoverTask:
         held: tensors of the checkpoint whose zeros stay zero.
         labels_path: labels of the examples; None for a language model.
         parts: parts of a layer that lost units.
+        race: where a sweep compares this recovery with others, to stop it if it falls behind.
     """
 
     model_dir: Path
@@ -63,6 +65,7 @@ class RecoverTask:
     held: tuple[str, ...] = ()
     labels_path: Path | None = None
     parts: tuple[str, ...] = ("mlp",)
+    race: Race | None = None
 
 
 Checkpoint = Callable[[int, Callable[[Path], None]], None]
@@ -71,6 +74,8 @@ Checkpoint = Callable[[int, Callable[[Path], None]], None]
 
 def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint: Checkpoint) -> None:
     """Fine-tune and write the recovered checkpoint; rank 0 writes, and with ``fsdp2`` all gather what is written.
+
+    A recovery that falls behind in its race ends with a checkpoint from which it can go on, and writes nothing else.
 
     Args:
         task: what to train.
@@ -105,6 +110,8 @@ def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint:
             break
         if at_checkpoint and step + 1 < config.steps:
             save_checkpoint(step + 1, lambda folder, done=step + 1: learner.state.save(folder, done, place.rank))
+            if "held_out" in found and falls_behind(task.race, step + 1, found["held_out"], place):
+                return
     learner.state.take_best()
     _write(task, model, place)
 

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cria_dist.stages.examples import Data, Examples, like_examples
+from cria_dist.stages.halving import Race
 from cria_dist.stages.recover_loss import mean_loss
 from cria_dist.stages.recover_shards import is_shared
 from cria_dist.stages.recover_state import TrainState
@@ -32,6 +33,14 @@ def held_out_loss(model: PreTrainedModel, held: Data, place: Place) -> float:
             mean_loss(model, held[:1])  # others have one sequence more, and all gather parameters together
         total = sum(float(mean_loss(model, part)) * len(part) for part in parts if len(part))
     return mean_over_workers(total * place.world / len(held), place)
+
+
+def falls_behind(race: Race | None, step: int, loss: float, place: Place) -> bool:
+    """Whether others of a sweep were so much better after as many steps that this recovery stops; all workers agree."""
+    if race is None:
+        return False
+    stops = place.rank == 0 and not race.goes_on(step, loss)
+    return mean_over_workers(float(stops), place) > 0
 
 
 def is_over(state: TrainState, loss: float, patience: int) -> bool:

@@ -109,7 +109,7 @@ def pending(
     shards: int,
     committed: Collection[tuple[Site, int]],
     boundaries: Collection[tuple[int, int]],
-    parts: Collection[str] = ("mlp",),
+    sites: Collection[Site],
 ) -> list[ShardWork]:
     """The work items that are left, block by block.
 
@@ -121,18 +121,13 @@ def pending(
         shards: number of shards.
         committed: every (site, shard) that is finished.
         boundaries: every (layer, shard) whose hidden states are stored.
-        parts: parts of a layer that are recorded.
+        sites: all that are recorded; some layers may have none.
     """
-    layers = {
-        (site.layer, shard)
-        for site, shard in committed
-        if all((Site(site.layer, part), shard) in committed for part in parts)
-    }
     left: list[ShardWork] = []
     for shard in range(shards):
         wanted_after = False
         for block in reversed(schedule.blocks):
-            recorded = all((layer, shard) in layers for layer in range(block.first, block.stop))
+            recorded = all((site, shard) in committed for site in sites if block.first <= site.layer < block.stop)
             if not recorded or (wanted_after and (block.stop, shard) not in boundaries):
                 left.append(ShardWork(shard, block))
                 wanted_after = True

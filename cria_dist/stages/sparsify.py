@@ -22,7 +22,7 @@ from cria_dist.maths.sampling import Sparsification, convolution_error, sparsifi
 from cria_dist.methods.weights import WeightMethod
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
-from cria_dist.records import Float64, Scores, Site
+from cria_dist.records import Scores, Site
 from cria_dist.stages.repair import is_repaired
 from cria_dist.store.site_scores import has_scores, write_scores
 
@@ -76,14 +76,14 @@ class Sparsifier:
         left_N, all_N = np.zeros(width), np.zeros(width)
         with checkpoint.open_tensors(task.model_dir) as tensors:
             for name, unit_axis in map_names(self._config, site).items():
-                stored_OI, maps = tensors.read(name), family.maps_in(name, site)
+                stored_OI, maps = tensors.read(name), family.maps_in(name, site, self._config)
                 try:
                     sparse[name], facts = self._sparsify(name, stored_OI, taps.get(name, 1))
                 except NumericError as error:
                     raise NumericError(f"{site.key}, {name}: {error}") from error
                 measured.append(facts)
-                left_N += _squares(sparse[name], unit_axis).reshape(maps, width, -1).sum((0, 2))
-                all_N += _squares(stored_OI, unit_axis).reshape(maps, width, -1).sum((0, 2))
+                left_N += maps.sums(_squares(sparse[name], unit_axis), width)
+                all_N += maps.sums(_squares(stored_OI, unit_axis), width)
         facts, share_N = _of_site(measured), np.divide(left_N, all_N, out=np.zeros(width), where=all_N > 0)
         cost_N = np.full(width, family.unit_cost(site, self._config), dtype=np.int64)
         write_scores(task.folder, Scores(site, share_N, cost_N, facts=facts), task.digest)
@@ -105,9 +105,9 @@ class Sparsifier:
         return kept_OI, facts
 
 
-def _squares(weight_OI: torch.Tensor, unit_axis: int) -> Float64:
+def _squares(weight_OI: torch.Tensor, unit_axis: int) -> torch.Tensor:
     """Sums of the squared weights along the other axis."""
-    return weight_OI.double().square().sum(dim=1 - unit_axis).numpy()
+    return weight_OI.double().square().sum(dim=1 - unit_axis)
 
 
 def _of_site(measured: list[dict[str, float]]) -> dict[str, float]:

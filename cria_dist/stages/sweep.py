@@ -17,6 +17,8 @@ from cria_dist import config_file, files
 from cria_dist.config import RunConfig
 from cria_dist.config.sweep import Choice, Range, SweepConfig
 from cria_dist.errors import ConfigError
+from cria_dist.stages import halving
+from cria_dist.stages.halving import Race
 from cria_dist.stages.prepare import run_folder
 
 
@@ -82,16 +84,14 @@ class Search:
         """The first value of everything."""
         return self.trial({key: _ends(choice)[0] for key, choice in self.choices.items()})
 
-    def check(self) -> None:
-        """Try every value of a list and both ends of a range, the other keys as in the example.
+    def corners(self) -> list[Trial]:
+        """Trials with every value of a list and both ends of a range, the other keys as in the example.
 
         Raises:
             ConfigError: one is not valid.
         """
         first = {key: _ends(choice)[0] for key, choice in self.choices.items()}
-        for key, choice in self.choices.items():
-            for value in _ends(choice):
-                self.trial({**first, key: value})
+        return [self.trial({**first, key: value}) for key, choice in self.choices.items() for value in _ends(choice)]
 
     @property
     def digest(self) -> str:
@@ -113,12 +113,14 @@ class Sweep:
         trials: one per combination, the last key of the grid changing fastest; of a search, its example.
         concurrency: trials at the same time.
         searches: one per combination, where trials are searched for.
+        rungs: grace steps and reduction factor, where trials are stopped early.
     """
 
     base: RunConfig
     trials: tuple[Trial, ...]
     concurrency: int
     searches: tuple[Search, ...] = ()
+    rungs: tuple[int, int] | None = None
 
     @property
     def count(self) -> int:
@@ -129,15 +131,23 @@ class Sweep:
     def folder(self) -> Path:
         """Beside the run folders, named by the trials, or by what is searched."""
         names = [trial.folder.name for trial in self.trials]
-        content = files.digest(*names, *(search.digest for search in self.searches))
+        stopping = [] if self.rungs is None else [self.rungs]
+        content = files.digest(*names, *(search.digest for search in self.searches), *stopping)
         return Path(self.base.run.root).absolute() / f"{self.base.name}-sweep-{content[:8]}"
+
+    def race(self, trial: Trial) -> Race | None:
+        """Where a trial is compared with others while it recovers."""
+        if self.rungs is None:
+            return None
+        return Race(self.folder / "rungs" / halving.contest(trial.config)[:8], trial.folder.name, *self.rungs)
 
 
 def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
     """Read a configuration with a grid and check every trial.
 
     Raises:
-        ConfigError: there is no grid, a combination is not a valid run, two are the same run, or optuna is missing.
+        ConfigError: there is no grid, a combination is not a valid run, two are the same run, optuna is missing, or
+            what is to be stopped early cannot be compared.
     """
     base, settings = config_file.load_with_sweep(path, overrides)
     if not settings.axes and not settings.space:
@@ -154,7 +164,9 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
     if twice:
         same = " and ".join(repr(trial.label) for trial in trials if trial.folder == twice[0])
         raise ConfigError(f"{same} are the same run; leave one out of sweep.grid")
-    return Sweep(base, trials, settings.concurrency, searches)
+    tried = [trial for search in searches for trial in search.corners()] or trials
+    rungs = halving.rungs(settings, [(trial.label, trial.config) for trial in tried], bool(searches))
+    return Sweep(base, trials, settings.concurrency, searches, rungs)
 
 
 def _searches(
@@ -164,7 +176,7 @@ def _searches(
         raise ConfigError("sweep.search='optuna' needs optuna, which is not installed; pip install 'cria-dist[sweep]'")
     found = [Search(path, tuple(overrides), own, settings.choices, settings.trials) for own in points]
     for search in found:
-        search.check()
+        search.corners()
     return tuple(found)
 
 

@@ -40,7 +40,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
 def _panel(rows: Sequence[Row], name: str, cost: Cost, states: Sequence[State]) -> Panel:
     clouds: list[Cloud] = []
     for state in states:
-        points_P2 = np.array([(cost(one.at(state)), loss(one.at(state))) for one in rows], dtype=np.float64)
+        points_P2 = np.array([(cost(one.at(state)), one.loss(state)) for one in rows], dtype=np.float64)
         clouds.append(Cloud(state, points_P2, pareto.front(points_P2)))
     dense = rows[0].dense
     label = "perplexity" if quality_name(rows) == "perplexity" else "share of wrong labels"

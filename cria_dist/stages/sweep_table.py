@@ -28,6 +28,7 @@ class Row:
         dense: the model it started from.
         before: pruned, and repaired if it was; what recovery started from.
         after: the model that is handed over; ``before`` where there was no recovery.
+        stopped: what became of a recovery that was stopped early; then ``before`` is all there is.
     """
 
     label: str
@@ -37,14 +38,19 @@ class Row:
     dense: Evaluation
     before: Evaluation
     after: Evaluation
+    stopped: str | None = None
 
     def at(self, state: State) -> Evaluation:
         """The model before or after recovery."""
         return self.before if state == "before" else self.after
 
+    def loss(self, state: State) -> float:
+        """Its loss; not a number after a recovery that was stopped."""
+        return float("nan") if self.stopped and state == "after" else loss(self.at(state))
 
-def row(label: str, command: str, folder: Path, report: Report) -> Row:
-    """The line of a run with a report in a sweep."""
+
+def row(label: str, command: str, folder: Path, report: Report, stopped: str | None = None) -> Row:
+    """The line of a run with a report in a sweep, whose recovery may have been stopped."""
     dense, end = grids.variant(report, "dense"), grids.final(report)
     before = grids.variant(report, "repaired") or grids.variant(report, "pruned")
     if dense is None or end is None or before is None:
@@ -52,7 +58,7 @@ def row(label: str, command: str, folder: Path, report: Report) -> Row:
     prune = report.config["prune"]
     budget = f"{text.percent(prune['ratio'])} of {prune['budget']}"
     checkpoint = folder / ("recovered" if end.label == "recovered" else "pruned")
-    return Row(label, command, checkpoint, budget, dense, before, end)
+    return Row(label, command, checkpoint, budget, dense, before, end, stopped)
 
 
 def loss(one: Evaluation) -> float:
@@ -67,16 +73,16 @@ def latency(one: Evaluation) -> float | None:
 
 def front(rows: Sequence[Row], state: State) -> tuple[bool, ...]:
     """Which trials have no other that is at least as small and as good, and better in one of the two."""
-    points = [(one.at(state).parameters, loss(one.at(state))) for one in rows]
+    points = [(one.at(state).parameters, one.loss(state)) for one in rows]
     return tuple(bool(there) for there in pareto.front(np.array(points, dtype=np.float64).reshape(-1, 2)))
 
 
 def best(rows: Sequence[Row]) -> dict[str, Row]:
-    """The trial with the least loss of each budget; those whose loss is not a number have none."""
+    """The trial with the least loss of each budget; those whose loss is not a number, or were stopped, have none."""
     found: dict[str, Row] = {}
     for one in rows:
         there = found.get(one.budget)
-        if np.isfinite(loss(one.after)) and (there is None or loss(one.after) < loss(there.after)):
+        if np.isfinite(one.loss("after")) and (there is None or one.loss("after") < there.loss("after")):
             found[one.budget] = one
     return found
 
@@ -93,7 +99,7 @@ def grid(rows: Sequence[Row]) -> Grid:
             text.count(one.after.parameters),
             text.percent(1 - one.after.parameters / one.dense.parameters),
             _quality(one.before, one.dense) + (" P" if fronts["before"][one] else ""),
-            _quality(one.after, one.dense) + (" P" if fronts["after"][one] else ""),
+            one.stopped or _quality(one.after, one.dense) + (" P" if fronts["after"][one] else ""),
             text.milliseconds(one.after.prefill_ms),
             text.milliseconds(one.after.decode_ms),
         )
@@ -111,7 +117,7 @@ def record(rows: Sequence[Row]) -> dict[str, Any]:
         "schema": SWEEP_SCHEMA,
         "trials": [
             {
-                **{name: _plain(value) for name, value in asdict(one).items()},
+                **{name: _plain(value) for name, value in asdict(one).items() if (name, value) != ("stopped", None)},
                 "front_before": fronts["before"][index],
                 "front_after": fronts["after"][index],
                 "best_of_budget": one in champions,

@@ -3,6 +3,7 @@
 A run that differs from a neighbour only in ratio, method or recovery takes over the neighbour's.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -71,14 +72,20 @@ def adopt(recording: Recording, root: Path) -> Path | None:
     if not isinstance(recording.storage, LocalStorage) or recording.committed():
         return None
     folder = recording.storage.folder
-    for manifest in sorted(root.glob(f"*/round-*/{MANIFEST}")):
+
+    def take(manifest: Path) -> bool:
         if manifest.parent == folder or not _is_complete(Recording(LocalStorage(manifest.parent), recording.digest)):
-            continue
+            return False
         for part in (*FOLDERS, "commits"):
-            shutil.copytree(manifest.parent / part, folder / part, copy_function=_link, dirs_exist_ok=True)
+            _link_all(manifest.parent / part, folder / part)
         _link(str(manifest), str(folder / MANIFEST))
-        return manifest.parent
-    return None
+        if not _is_complete(recording):  # the neighbour was being deleted; what came over is gone on with
+            (folder / MANIFEST).unlink()
+            return False
+        return True
+
+    found = files.take_over(root, f"*/round-*/{MANIFEST}", take)
+    return None if found is None else found.parent
 
 
 def _is_complete(recording: Recording) -> bool:
@@ -87,6 +94,15 @@ def _is_complete(recording: Recording) -> bool:
         return recording.is_complete()
     except DataError:
         return False
+
+
+def _link_all(source: Path, target: Path) -> None:
+    try:
+        shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
+    except shutil.Error as error:  # a list of (source, target, reason)
+        if not any(os.path.lexists(one) for one, *_ in error.args[0]):
+            raise FileNotFoundError(source) from error
+        raise
 
 
 def _link(source: str, target: str) -> None:

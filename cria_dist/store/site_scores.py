@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cria_dist.errors import DataError
-from cria_dist.files import write_bytes
+from cria_dist.files import take_over, write_bytes
 from cria_dist.records import Scores, Site, Spectrum
 
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -94,13 +94,17 @@ def _write(path: Path, **arrays: np.ndarray | np.generic) -> None:
 
 def adopt(folder: Path, root: Path, sites: list[Site], digest: str) -> bool:
     """Take over the scores of a neighbouring run with the same digest (hard links); True if all sites were found."""
-    for other in sorted(path.parent for path in root.glob("*/*/scores") if path.parent != folder):
-        if all(has_scores(other, site, digest) for site in sites):
-            for part in ("spectra", "scores"):
-                for site in sites:
-                    _adopt_file(other / part / f"{site.key}.npz", folder / part / f"{site.key}.npz")
-            return True
-    return False
+
+    def take(scores: Path) -> bool:
+        other = scores.parent
+        if other == folder or not all(has_scores(other, site, digest) for site in sites):
+            return False
+        for part in ("spectra", "scores"):
+            for site in sites:
+                _adopt_file(other / part / f"{site.key}.npz", folder / part / f"{site.key}.npz")
+        return all(has_scores(folder, site, digest) for site in sites)
+
+    return take_over(root, "*/*/scores", take) is not None
 
 
 def _adopt_file(source: Path, target: Path) -> None:

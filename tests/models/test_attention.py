@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,8 +14,11 @@ from cria_dist.models import checkpoint, surgery
 from cria_dist.models.attention import LAYER_KV_HEADS, WHOLE
 from cria_dist.models.checkpoint import Numerics, count_parameters, load_model, read_config
 from cria_dist.models.family import FAMILIES, family_of
+from cria_dist.models.generic import WITH_HEADS
 from cria_dist.models.surgery import Surgery
 from cria_dist.records import Site
+from cria_dist.stages.observe import SiteObserver
+from cria_dist.store.recording import Slice
 
 MakeModel = Callable[..., Path]
 Kept = dict[str, tuple[int, ...]]
@@ -24,6 +28,8 @@ PIXELS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 MOE = {"num_experts_per_tok": 2}
 GPT2 = {"n_inner": 48, "num_key_value_heads": None, "head_dim": None}
+OWN_KEYS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+POST_NORM = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **HEADS},
     "llama-bias": {"model_type": "llama", "attention_bias": True, **HEADS},
@@ -35,6 +41,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"model_type": "gemma3_text", **HEADS},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **HEADS},
     "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 24, **MOE, **HEADS},
+    "glm": {"model_type": "glm", **HEADS},
+    "glm4-mha-no-bias": {"model_type": "glm4", "attention_bias": False, **OWN_KEYS},
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, **HEADS},
+    "phi3-mha": {"model_type": "phi3", "pad_token_id": 0, "partial_rotary_factor": 0.5, **OWN_KEYS},
+    "gpt_neox": {"model_type": "gpt_neox", **OWN_KEYS},
+    "gpt_neox-no-bias": {"model_type": "gpt_neox", "attention_bias": False, "use_parallel_residual": False, **OWN_KEYS},
+    "opt": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, **OWN_KEYS},
+    "opt-no-bias": {"model_type": "opt", "ffn_dim": 48, "enable_bias": False, **POST_NORM, **OWN_KEYS},
+    **{name: {"model_type": name, **HEADS, "head_dim": 4} for name in WITH_HEADS},
+    "stablelm-bias": {"model_type": "stablelm", "use_qkv_bias": True, **HEADS, "head_dim": 4},
+    "granite-bias": {"model_type": "granite", "attention_bias": True, **HEADS},
     "gpt2": {"model_type": "gpt2", **GPT2},
     "gpt2-untied": {"model_type": "gpt2", "tie_word_embeddings": False, **GPT2},
     "bert": {"model_type": "bert", "num_hidden_layers": 2},
@@ -87,13 +104,14 @@ def dense(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     settings = MODELS[request.param]
-    takes = FAMILIES[settings.get("model_type", "vit")].takes
+    family = FAMILIES.get(settings.get("model_type", "vit"))
+    takes = family.takes if family else "tokens"
     make = {"tokens": make_model, "sentences": make_encoder, "images": make_classifier}[takes]
     return make(tmp_path_factory.mktemp("dense") / request.param, **settings)
 
 
 def test_every_family_that_has_groups_is_tested() -> None:
-    known = {name for name, family in FAMILIES.items() if "attention" in family.parts}
+    known = {name for name, family in FAMILIES.items() if "attention" in family.parts} | {*WITH_HEADS}
     assert known == {model.get("model_type", "vit") for model in MODELS.values()}
 
 
@@ -133,18 +151,49 @@ def test_a_group_costs_what_leaves_with_it(dense: Path, tmp_path: Path) -> None:
     assert count_parameters(config) - left == 4 * family_of(config).unit_cost(Site(0, "attention"), config)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
+def test_a_token_alone_is_given_the_values_that_are_recorded(dense: Path) -> None:
+    """It attends to nothing else, so every head hands its value on."""
+    config, model = read_config(dense), load_model(dense, Numerics())
+    family = family_of(config)
+    if family.takes == "images":
+        pytest.skip("an image is never one patch")
+    for site, units in family.widths(config, ("attention",)).items():
+        width, modules, stack = units * family.span(site, config), family.modules(site), family.stack(site, config)
+        whole = Slice(0, width)
+        observer = SiteObserver(whole, width, "float32", torch.device("cpu"), lambda signal_TN: signal_TN)
+        for name in modules.recorded:
+            hook = observer.input_hook(*family.signal_names(site, name), stack=stack, units=units)
+            model.get_submodule(modules.seen_at(name)).register_forward_hook(hook)
+        model.get_submodule(modules.output).register_forward_pre_hook(observer.output_hook)
+        observer.reset(5)
+        observer.begin(torch.arange(5))
+        with torch.inference_mode():
+            model(input_ids=TOKENS[:1, :5].T)
+        found = {name: np.concatenate(tiles, axis=1) for name, tiles in observer.signals().items()}
+        assert found.keys() == {"value", "output"}
+        np.testing.assert_allclose(found["value"], found["output"], rtol=1e-5, atol=1e-6)
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 4.0], "rope_theta": 10000.0}
+PHI3 = {"pad_token_id": 0, "head_dim": 4, "original_max_position_embeddings": 64, "rope_parameters": LONG}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3", "phi3"])
 def test_heads_that_do_not_divide_the_hidden_size(model_type: str, make_model: MakeModel, tmp_path: Path) -> None:
-    """6 heads, hidden 32: Llama's config refuses it, Mistral's says the same model; Gemma's has no such relative."""
-    dense = make_model(tmp_path / "dense", model_type=model_type, **HEADS)
+    """6 heads, hidden 32: Llama's config refuses it, Mistral's says the same model; Gemma's has no such relative.
+
+    Phi-3's does where factors of its rotary embedding are given, of which there must be hidden size / heads / 2.
+    """
+    own = PHI3 if model_type == "phi3" else {}
+    dense = make_model(tmp_path / "dense", model_type=model_type, **HEADS, **own)
     kept = dict.fromkeys(EVEN, (0, 1, 3))
     surgery.write_pruned(dense, tmp_path / "pruned", operation(dense, kept))
     config = read_config(tmp_path / "pruned")
     assert config["model_type"] == {"llama": "mistral"}.get(model_type, model_type)
-    assert (LAYER_KV_HEADS in config) == (model_type == "gemma2")
+    assert (LAYER_KV_HEADS in config) == (model_type in ("gemma2", "phi3"))
     loaded = load_pruned(tmp_path / "pruned")
     assert_equals(logits(loaded), masked_logits(dense, kept))
-    if model_type != "gemma2":
+    if LAYER_KV_HEADS not in config:
         assert_equals(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()), logits(loaded))
 
 

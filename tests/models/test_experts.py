@@ -61,12 +61,16 @@ def close(router: Any, removed: list[int], normed: bool) -> None:
     router.forward = forward
 
 
-def masked_logits(directory: Path, kept: dict[str, tuple[int, ...]]) -> torch.Tensor:
-    model, config = load_model(directory, Numerics()), read_config(directory)
-    dense = logits(model)
+def mask_experts(model: Any, config: dict[str, Any], kept: dict[str, tuple[int, ...]]) -> None:
     for key, stay in kept.items():
         router = model.model.layers[Site.from_key(key).layer].mlp.gate
         close(router, sorted({*range(6)} - {*stay}), config.get("norm_topk_prob", True))
+
+
+def masked_logits(directory: Path, kept: dict[str, tuple[int, ...]]) -> torch.Tensor:
+    model, config = load_model(directory, Numerics()), read_config(directory)
+    dense = logits(model)
+    mask_experts(model, config, kept)
     masked = logits(model)
     assert (masked - dense).abs().max() > 1e-2, "the removed experts do nothing: this test could not fail"
     return masked
@@ -89,6 +93,18 @@ def test_removing_equals_closing_the_router(dense: Path, kept: dict[str, tuple[i
     kept_too_few = {key: len(KEPT["layer-000.experts"]) - 3 for key in kept}
     with pytest.raises(ConfigError, match=r"^1 experts would be left .* through 2, .*; lower prune\.ratio"):
         family.narrowed(config, kept_too_few, False)
+
+
+def test_experts_and_layers_leave_together(dense: Path, kept: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    """The last two of three layers stay: what is plain, and where the experts' tensors lie, is numbered anew."""
+    config, model = read_config(dense), load_model(dense, Numerics())
+    model.model.layers[0].forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+    mask_experts(model, config, kept)
+    blocks = {f"layer-{layer:03d}.block": (0,) if layer else () for layer in range(3)}
+    surgery.write_pruned(dense, tmp_path / "pruned", Surgery(family_of(config), config, {**kept, **blocks}))
+    found, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(logits(found.eval()), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_in_turn_are_the_whole_model(dense: Path) -> None:

@@ -31,13 +31,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "phi3": {"pad_token_id": 0},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt-350m": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
 }
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=str)
 def dense(request: pytest.FixtureRequest, make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense") / request.param
-    return make_model(folder, model_type=request.param, **MODELS[request.param])
+    return make_model(folder, **{"model_type": request.param, **MODELS[request.param]})
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

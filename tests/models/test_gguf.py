@@ -1,6 +1,8 @@
 """GGUF files: llama.cpp computes what the checkpoint computes, and cuts text as its tokenizer does."""
 
 import itertools
+import json
+import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -15,10 +17,11 @@ import torch
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
+from cria_dist.models.gguf_families import halves_to_pairs
 from cria_dist.models.gguf_file import write_gguf
-from cria_dist.models.gguf_layout import halves_to_pairs
 from cria_dist.models.gguf_tokenizer import cut_name
 from cria_dist.models.surgery import Surgery, write_pruned
+from cria_dist.records import Site
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -52,9 +55,46 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...], str]] = {
 }
 
 
+LOCAL = {"rope_type": "default", "rope_theta": 5000.0}
+GEMMA: dict[str, Any] = {"sliding_window": 16, "num_hidden_layers": 3, "query_pre_attn_scalar": 8}
+GPT2 = {"n_inner": 48, "num_key_value_heads": None, "head_dim": None}
+MOE = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GLOBAL_FIRST = ["full_attention", "sliding_attention", "sliding_attention"]
+FAMILIES: dict[str, tuple[dict[str, Any], str, int]] = {
+    "phi3": ({"pad_token_id": 0}, "mlp", 40),
+    "phi3, untied, half of a head turned": (
+        {
+            "pad_token_id": 0, "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+        "mlp", 40,
+    ),
+    "gemma3_text": ({**GEMMA, "num_hidden_layers": 7}, "mlp", 40),
+    "gemma3_text, other scales, other order": (
+        {
+            **GEMMA, "query_pre_attn_scalar": 24, "layer_types": GLOBAL_FIRST,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}, "sliding_attention": LOCAL,
+            },
+        },
+        "mlp", 40,
+    ),
+    "gemma3_text, nothing slides": ({**GEMMA, "layer_types": ["full_attention"] * 3}, "mlp", 40),
+    "gemma2": ({**GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}, "mlp", 40),
+    "gemma2, other order": ({**GEMMA, "layer_types": GLOBAL_FIRST}, "mlp", 40),
+    "gemma2, nothing slides": ({**GEMMA, "layer_types": ["full_attention"] * 3}, "mlp", 40),
+    "gpt2": (GPT2, "mlp", 40),
+    "gpt2, untied": ({**GPT2, "tie_word_embeddings": False}, "mlp", 40),
+    "mixtral": ({"num_local_experts": 12, "num_experts_per_tok": 2, "tie_word_embeddings": False}, "experts", 11),
+    "qwen3_moe": ({**MOE, "norm_topk_prob": True}, "experts", 11),
+}  # fmt: skip
+
+
 def pruned(dense: Path, target: Path, widths: tuple[int, ...]) -> Path:
     config = checkpoint.read_config(dense)
-    sites = sorted(family_of(config).widths(config))
+    sites = sorted(family_of(config).widths(config)) or list(map(Site, range(len(widths))))
+    if widths == (48,) * len(sites):
+        return dense
     kept = {site.key: tuple(range(48 - width, 48)) for site, width in zip(sites, widths, strict=True)}
     write_pruned(dense, target, Surgery(family_of(config), config, kept))
     return target
@@ -103,6 +143,27 @@ def test_llama_cpp_computes_the_same_logits(case: str, make_model: Callable[...,
     assert np.abs(theirs - ours).max() < 1e-4 * np.abs(ours).max()
 
 
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_computes_the_same_logits_and_tokens(
+    case: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Without some of its neurons, or some of its experts; 40 tokens are more than its window."""
+    changes, part, units = FAMILIES[case]
+    dense = make_model(tmp_path / "dense", case.partition(",")[0], **changes)
+    config = checkpoint.read_config(dense)
+    sites = family_of(config).widths(config, (part,))
+    kept = {site.key: tuple(range(width - units, width)) for site, width in sites.items()}
+    write_pruned(dense, tmp_path / "pruned", Surgery(family_of(config), config, kept))
+    layout = write_gguf(tmp_path / "pruned", tmp_path / "model.gguf")
+    model = checkpoint.from_pretrained(tmp_path / "pruned", dtype=torch.float32)
+    settings = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
+    with torch.inference_mode():
+        ours, written = model(TOKENS).logits[0].numpy(), model.generate(TOKENS, **settings)[0, TOKENS.shape[1] :]
+    theirs = logits_of(tmp_path / "model.gguf", TOKENS)
+    assert np.abs(theirs - ours).max() < layout.rules.tolerance * np.abs(ours).max()
+    assert llama_greedy(tmp_path / "model.gguf", TOKENS[0].tolist(), 8) == written.tolist()
+
+
 def test_layers_with_different_kv_groups(make_model: Callable[..., Path], tmp_path: Path) -> None:
     dense = make_model(tmp_path / "dense", num_attention_heads=8, num_key_value_heads=4, attention_bias=False)
     kept = {
@@ -132,9 +193,22 @@ def test_a_real_model_writes_the_same_story(stories: Path, tmp_path: Path) -> No
     assert len(set(ours)) > 15
 
 
+def without_a_leading_space(stories: Path, target: Path) -> Path:
+    """The model with its tokenizer reading text as Gemma's does: nothing is put before it, words end with a space."""
+    shutil.copytree(stories, target)
+    described = json.loads((target / "tokenizer.json").read_text())
+    described["normalizer"] = described["normalizer"]["normalizers"][1]
+    described["pre_tokenizer"] = {
+        "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+    }  # fmt: skip
+    (target / "tokenizer.json").write_text(json.dumps(described))
+    return target
+
+
 @pytest.mark.parametrize("text", ["the cat", " two  spaces\n\tand 12 don't é 漢字 </s>", "<s> said <unk>", ""])
 def test_text_is_cut_alike(text: str, stories: Path, pico: Path, tmp_path: Path) -> None:
-    for directory in (stories, pico):
+    gemma = without_a_leading_space(stories, tmp_path / "gemma")
+    for directory in (stories, pico, gemma):
         write_gguf(directory, tmp_path / "model.gguf")
         assert llama_tokens(tmp_path / "model.gguf", text) == checkpoint.load_tokenizer(directory)(text)["input_ids"]
 
@@ -171,9 +245,22 @@ def test_cuts_are_told_by_their_steps() -> None:
     ("model_type", "changes", "widths", "reason"),
     [
         ("qwen3", {}, (20, 36), "one MLP width and one head count per model for 'qwen3'"),
-        ("gemma2", {}, (48, 48), "model family 'gemma2' has no GGUF export"),
-        ("llama", {"hidden_act": "gelu"}, (48, 48), "computes SiLU"),
+        ("gpt_neox", {}, (48, 48), "model family 'gpt_neox' has no GGUF export"),
+        ("llama", {"hidden_act": "gelu"}, (48, 48), "computes 'silu'"),
         ("qwen2", {"rope_parameters": LLAMA3}, (48, 48), "'llama3' has no GGUF export"),
+        ("phi3", {"pad_token_id": 0, "num_attention_heads": 2}, (48, 48), "heads that make up the hidden size"),
+        ("gemma2", GEMMA | {"query_pre_attn_scalar": 9}, (48,) * 3, "llama.cpp scales attention by 8"),
+        ("gemma2", GEMMA | {"final_logit_softcapping": None}, (48,) * 3, "always caps the logits"),
+        ("gemma2", GEMMA, (20, 36, 20), "one MLP width and one head count per model for 'gemma2'"),
+        ("gemma3_text", GEMMA | {"attention_bias": True}, (48,) * 3, "llama.cpp computes False for 'gemma3'"),
+        ("gpt2", GPT2 | {"activation_function": "gelu"}, (48, 48), "llama.cpp computes 'gelu_new'"),
+        ("qwen3_moe", MOE, (48, 48), "norm_topk_prob=False: llama.cpp computes True"),
+        (
+            "qwen3_moe",
+            MOE | {"norm_topk_prob": True, "mlp_only_layers": [1]},
+            (48, 48),
+            r"layers\.1\.mlp\.down_proj\.weight has no place in llama\.cpp's architecture 'qwen3moe'",
+        ),
         ("llama", {"attention_bias": True, "num_attention_heads": 2, "head_dim": 4}, (20, 36), "biases of the hidden"),
     ],
 )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,8 +44,16 @@ KEPT = {
     "neurons": {"layer-000.mlp": tuple(range(26)), "layer-001.mlp": tuple(range(10, 46))},
     "groups": {"layer-000.attention": (1,), "layer-001.attention": (0, 1)},
 }
-FAMILIES = ("llama", "gemma3_text", "qwen2", "qwen3", "phi3")
-WITH_GROUPS = ("groups", "gpt2", "bert", "distilbert")
+FAMILIES = ("llama", "gemma3_text", "qwen2", "qwen3")
+DECODERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_inner": 48, "num_key_value_heads": None, "head_dim": None},
+    "gpt_neox": {"num_key_value_heads": None},
+    "glm": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None},
+    "phi3": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "stablelm": {},
+}
+WITH_GROUPS = ("groups", *DECODERS, "bert", "distilbert")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +64,8 @@ def folder(
     folder = tmp_path_factory.mktemp("remote")
     dense = {family: make_model(folder / f"dense-{family}", family, pad_token_id=0) for family in FAMILIES}
     dense["groups"] = dense["llama"]
-    own = {"n_inner": 48, "num_key_value_heads": None, "head_dim": None}
-    dense["gpt2"] = make_model(folder / "dense-gpt2", "gpt2", **own)
+    for family, own in DECODERS.items():
+        dense[family] = make_model(folder / f"dense-{family}", family, **{"pad_token_id": 0, **own})
     for family in ("bert", "distilbert"):
         dense[family] = make_encoder(folder / f"dense-{family}", family, num_hidden_layers=2, hidden_dim=48)
     for name, source in dense.items():

@@ -19,6 +19,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma2": {"sliding_window": 6},
     "gemma3_text": {"sliding_window": 6, "sliding_window_pattern": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cria_dist import load_pruned
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, CriaError
 from cria_dist.models import checkpoint
@@ -123,6 +124,54 @@ def test_a_recovered_model_is_written_as_it_was_stored(
     assert losses["recovered"] < losses["pruned"]
 
 
+@pytest.fixture(scope="module")
+def mixed(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five layers, of which the second and the fourth have no experts."""
+    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1, 3]}
+    return make_model(tmp_path_factory.mktemp("mixed") / "model", "qwen3_moe", num_hidden_layers=5, **shape)
+
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "block_influence": {"method": {"name": "block_influence"}, "compare": [{"name": "mpruner"}]},
+    "mpruner": {"method": {"name": "mpruner", "stop": "loss", "threshold": 50, "tau": 0.05}, "recover": {"steps": 0}},
+    "mixed budget": {
+        "prune": {"units": ["attention", "layer"], "allocation": "sensitivity", "ratio": 0.4, "protect": [1]},
+        "method": {"name": "activation"},
+        "recover": {"steps": 0},
+    },
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_whole_layers_go(
+    case: str,
+    mixed: Path,
+    run_config: RunConfigMaker,
+    make_context: MakeContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is left has experts in the layers that had them; the stock class loads it where KV groups are alike."""
+    monkeypatch.setattr(results, "verify_exports", lambda *_: {})  # a fresh process has tests of its own
+    settings = {"ratio": 0.4, "budget": "parameters"} | LAYERS[case].get("prune", {})
+    quick = {"record": {"schedule": "sweep"}, "evaluate": {"latency_repeats": 0, "prompts": []}}
+    config = run_config(tmp_path, **LAYERS[case] | {"model": {"path": str(mixed)}, "prune": settings} | quick)
+    context = make_context(config)
+    report = prune(context)
+    assert report is not None
+    pruned = context.job.folder / "pruned"
+    plan = PruningPlan.from_json((pruned / "plan.json").read_text())
+    stay = [layer for layer in range(5) if plan.kept[f"layer-{layer:03d}.block"]]
+    assert 0 < len(stay) < 5
+    found = read_config(pruned)
+    assert found["mlp_only_layers"] == [number for number, layer in enumerate(stay) if layer in (1, 3)]
+    assert plan.parameters[1] == checkpoint.count_parameters(found)
+    assert plan.ratio >= 0.4 or case == "mpruner", "which may stop before"
+    load = load_pruned if case == "mixed budget" else AutoModelForCausalLM.from_pretrained
+    assert len(load(pruned).model.layers) == len(stay)
+    assert all(one.perplexity is not None and one.perplexity > 0 for one in (*report.variants, *report.comparison))
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"units": ["mlp"]}, {}, "attention, experts can be pruned, mlp cannot; leave it out"),
     ({"ratio": 0.9}, {}, "leaves 0 of 6 units"),
@@ -131,8 +180,9 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"allocation": "global"}, {}, r"set prune\.repair=none, prune\.allocation=uniform"),
     ({"budget": "macs"}, {}, r"a token goes through as many as before"),
     ({}, {"method": {"name": "wanda"}}, r"wanda .* does not score experts; choose activation, magnitude"),
-    ({}, {"compare": [{"name": "block_influence"}]}, "block_influence knows no model of them"),
-    ({}, {"recover": {"strategy": "fsdp2"}}, r"which recover\.strategy=fsdp2 cannot write"),
+    ({}, {"compare": [{"name": "block_influence"}]}, "block_influence does not score experts; choose activation"),
+    ({}, {"method": {"name": "spectrum_preserving"}}, "spectrum_preserving knows no model of them"),
+    ({}, {"recover": {"strategy": "fsdp2"}}, r"those of experts are stored one by one"),
 ]
 
 
@@ -147,6 +197,12 @@ def test_what_cannot_be_done_with_experts(
 ) -> None:
     with pytest.raises(CriaError, match=message):
         prepare(run(run_config, tmp_path, moe, settings, **({"method": {"name": "activation"}} | changes)))
+
+
+def test_nothing_lost_units_where_layers_go(mixed: Path, run_config: RunConfigMaker, tmp_path: Path) -> None:
+    method = {"method": {"name": "block_influence"}, "prune": {"ratio": 0.4}, "model": {"path": str(mixed)}}
+    with pytest.raises(ConfigError, match=r"set recover\.train=blocks"):
+        prepare(run_config(tmp_path, **method, recover={"train": "mlp"}))
 
 
 def test_experts_of_a_model_that_has_none(pico: Path, run_config: RunConfigMaker, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from cria_dist.errors import ConfigError, CriaError
 from cria_dist.models import checkpoint
 from cria_dist.models.attention import LAYER_KV_HEADS
 from cria_dist.models.checkpoint import Numerics, read_config
+from cria_dist.models.family import family_of
 from cria_dist.pipeline import Context, prune, results
 from cria_dist.records import PruningPlan, Site, Stage
 from cria_dist.stages.prepare import prepare
+from cria_dist.stages.repair import signals_of
 from cria_dist.store.places import recorded
 
 RunConfigMaker = Callable[..., RunConfig]
@@ -110,6 +112,42 @@ def test_the_repair_makes_up_for_groups(
         change_DN[:, kept_S] -= columns_DS
         errors.append(float(np.trace(change_DN @ gram_NN @ change_DN.T)))
     assert errors[1] < 0.9 * errors[0]
+
+
+STACKED = {
+    "phi3": {"num_attention_heads": 8, "num_key_value_heads": 4, "pad_token_id": 0},
+    "gpt_neox": {"num_attention_heads": 4, "num_key_value_heads": None},
+}
+
+
+@pytest.mark.parametrize("model_type", STACKED)
+def test_queries_keys_and_values_in_one_map(
+    model_type: str, make_model: MakeModel, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
+) -> None:
+    """A group whose values are zero does nothing: it is the one that leaves, and nothing changes but for neurons."""
+    dense = make_model(tmp_path / "dense", model_type, **STACKED[model_type])
+    model, config = checkpoint.load_model(dense, Numerics()), read_config(dense)
+    family, site = family_of(config), Site(1, "attention")
+    rows = [96 + 8 * 2 + row for row in range(8)] if model_type == "phi3" else [24 * 2 + 16 + row for row in range(8)]
+    with torch.no_grad():
+        for parameter in model.get_submodule(next(iter(family.modules(site).inputs.values()))).parameters():
+            parameter[rows] = 0
+    model.save_pretrained(dense)
+    mixed = {"units": ["mlp", "attention"], "budget": "parameters", "ratio": 0.15, "allocation": "sensitivity"}
+    folder, plan = carry_out(make_context, run(run_config, tmp_path, dense, mixed, method={"name": "wanda"}))
+    assert 2 not in plan.kept[site.key], "its signal is zero"
+    assert {len(kept) for key, kept in plan.kept.items() if key.endswith("attention")} != {4}
+    pruned = load_pruned(folder / "pruned")
+    assert plan.parameters[1] == sum(parameter.numel() for parameter in pruned.parameters())
+    with torch.inference_mode():
+        for key, kept in plan.kept.items():
+            solved = pruned.get_submodule(family.modules(Site.from_key(key)).output).weight
+            columns = signals_of(kept, family.span(Site.from_key(key), config))
+            weight = model.get_submodule(family.modules(Site.from_key(key)).output).weight
+            weight[:] = 0
+            weight[:, torch.from_numpy(columns)] = solved
+        found, expected = (one(input_ids=TOKENS).logits for one in (pruned, model))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("budget", ["parameters", "macs"])
@@ -206,6 +244,30 @@ def test_what_does_not_go_with_groups(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare(run(run_config, tmp_path, heads, {"units": ["attention"]}, **changes))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "own", "reason"),
+    [
+        ("olmo2", {}, r"mlp can be pruned, attention cannot \(.*q_norm is one norm over all heads, which would change"),
+        (
+            "cohere",
+            {"use_qk_norm": True},
+            r"attention cannot \(self_attn must be q_proj, k_proj, v_proj and o_proj alone",
+        ),
+    ],
+)
+def test_heads_that_cannot_leave(
+    model_type: str,
+    own: dict[str, Any],
+    reason: str,
+    make_model: MakeModel,
+    run_config: RunConfigMaker,
+    tmp_path: Path,
+) -> None:
+    dense = make_model(tmp_path / "dense", model_type, **own)
+    with pytest.raises(ConfigError, match=reason):
+        prepare(run(run_config, tmp_path, dense, {"units": ["attention"]}))
 
 
 def test_a_kv_cache_budget(heads: Path, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path) -> None:

@@ -1,8 +1,7 @@
 """Whole runs on Ray: equal to this process, for any number of workers, through SIGKILL in every stage."""
 
 import json
-import os
-import signal
+import re
 import subprocess
 import sys
 import time
@@ -10,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from cria_dist.config_file import parse
 from cria_dist.pipeline import Context, prune
@@ -19,6 +20,7 @@ from cria_dist.report.writer import report_from_json
 from cria_dist.runtime.pool import RayPool
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages.prepare import prepare
+from cria_dist.stages.recover import read_log
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -81,22 +83,68 @@ def test_killed_in_every_stage_it_continues_and_decides_the_same(
     assert sum(event.startswith("record 3/3") for event in events) == 1  # finished once, never computed twice
 
 
+@pytest.mark.slow
+@pytest.mark.soak
+def test_killed_while_workers_share_the_model_it_goes_on_from_its_checkpoint(
+    run_tree: dict[str, Any], write_toml: Callable[[Path, dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    """As if it had not been killed, without a finished step done again, best weights and all."""
+    steps = {"steps": 150, "checkpoint_every": 10, "patience": 99}
+    tree = {**run_tree, "recover": {**run_tree["recover"], "strategy": "fsdp2", "workers": 2, **steps}}
+    killed, whole = (
+        write_toml(tmp_path / f"{name}.toml", {**tree, "run": {"root": str(tmp_path / name), "workers": 2}})
+        for name in ("killed", "whole")
+    )
+    _run_and_kill(killed, tmp_path / "killed", "recover")
+    [folder] = (tmp_path / "killed").iterdir()
+    [log_path] = folder.glob("recover/loss-*.jsonl")
+    before = _log_of_the_dead(log_path)
+    [snapshot] = folder.glob("recover/*/checkpoint_manager_snapshot.json")
+    kept = max(int(step) for step in re.findall(r'"step": *(\d+)', snapshot.read_text()))
+    assert 10 <= kept <= len(before) < 150
+    assert not (folder / "recovered").exists()
+
+    logs, weights = [], []
+    for path in (killed, whole):
+        command = [sys.executable, "-m", "cria_dist", "recover", str(path)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert finished.returncode == 0, finished.stderr
+        [folder] = (tmp_path / path.stem).iterdir()
+        logs.append(read_log(next(folder.glob("recover/loss-*.jsonl"))))
+        weights.append(load_file(folder / "recovered" / "model.safetensors"))
+    assert logs[0][:kept] == before[:kept], "finished steps were done again"
+    for name in ("loss", "held_out"):
+        ours, theirs = ({line["step"]: line[name] for line in log if name in line} for log in logs)
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert len(logs[0]) == 150
+    assert all(np.allclose(weights[0][name], other, atol=1e-5) for name, other in weights[1].items())
+
+
+def _log_of_the_dead(path: Path) -> list[dict[str, Any]]:
+    """The log of a recovery whose driver was killed, when its workers have noticed."""
+    log, since = read_log(path), time.monotonic()
+    while time.monotonic() - since < 5:
+        time.sleep(0.2)
+        if len(now := read_log(path)) > len(log):
+            log, since = now, time.monotonic()
+    return log
+
+
 def _run_and_kill(config: Path, root: Path, stage: str) -> None:
     """Start the job, wait until the stage runs (and training has passed a checkpoint), SIGKILL the driver."""
     process = subprocess.Popen(
         [sys.executable, "-c", START, str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     enough = 12 if stage == "recover" else 0
-    while True:
-        assert process.poll() is None, f"ended before {stage} could be killed"
-        assert time.monotonic() < deadline, f"{stage} did not start"
-        status = _status(root)
-        if status.get("stage") == stage and status["done"] >= enough:
-            break
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        while (status := _status(root)).get("stage") != stage or status["done"] < enough:
+            assert process.poll() is None, f"ended before {stage} could be killed"
+            assert time.monotonic() < deadline, f"{stage} did not start"
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _status(root: Path) -> dict[str, Any]:

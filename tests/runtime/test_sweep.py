@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from cria_dist import config_file
 from cria_dist.errors import ConfigError, WorkerError
 from cria_dist.pipeline import prune, results
 from cria_dist.report.writer import report_from_json
+from cria_dist.runtime import launch, trials
 from cria_dist.runtime import sweep as sweeps
-from cria_dist.runtime import trials
 from cria_dist.runtime.experiments import experiments
 from cria_dist.stages.prepare import run_folder
+from cria_dist.stages.recover import read_log
 from cria_dist.stages.sweep import plan
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session"), pytest.mark.timeout(600)]
@@ -138,6 +140,47 @@ def test_a_search_tries_what_it_has_not_tried_and_goes_on(
     times = [path.stat().st_mtime_ns for path in sorted((sweep.folder / "trials").glob("*.json"))]
     assert [row.after.perplexity for row in sweeps.carry_out(sweep, session)] == [row.after.perplexity for row in rows]
     assert times == [path.stat().st_mtime_ns for path in sorted((sweep.folder / "trials").glob("*.json"))]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unverified")
+def test_a_recovery_that_falls_behind_is_stopped_stays_so_and_its_command_goes_on(
+    write_sweep: WriteSweep, make_context: Callable[..., Any], session: int, tmp_path: Path
+) -> None:
+    """Of two learning rates one is far too small to learn anything by."""
+    grid = {"recover": {"steps": [8], "patience": [9], "learning_rate": [2e-3, 1e-9]}}
+    asha = {"scheduler": "asha", "grace_steps": 4, "reduction_factor": 2}
+    sweep = plan(str(write_sweep(grid, 1, asha, pool="local")))
+    good, bad = sweeps.carry_out(sweep, session)
+    [log_path] = sweep.trials[1].folder.glob("recover/loss-*.jsonl")
+    before = read_log(log_path)
+    assert bad.stopped == f"stopped after 4 of 8 steps, held-out loss {before[-1]['held_out']:.4f}"
+    assert (good.stopped, good.after.label, bad.after.label, len(before)) == (None, "recovered", "repaired", 4)
+    assert not (sweep.trials[1].folder / "recovered").exists()
+    [link] = (sweep.folder / "best").iterdir()
+    assert link.resolve() == good.checkpoint
+    told = json.loads((sweep.folder / "sweep.json").read_text())["trials"]
+    assert [one.get("stopped") for one in told] == [None, bad.stopped]
+    protocol = report_from_json(sweep.trials[1].folder / "report.json").protocol
+    assert protocol[-1].startswith(f"Recovery: {bad.stopped}; a sweep stopped it")
+
+    shutil.rmtree(sweep.folder / "tune")
+    shutil.rmtree(sweep.folder / "trials")  # as if the driver had died before it wrote down what it knew
+    again = sweeps.carry_out(sweep, session)
+    assert read_log(log_path) == before
+    assert [(row.stopped, row.after.perplexity) for row in again] == [
+        (row.stopped, row.after.perplexity) for row in (good, bad)
+    ]
+
+    path, *overrides = shlex.split(bad.command)[2:]
+    launch.run(config_file.load(path, overrides))
+    assert read_log(log_path)[:4] == before, "finished steps were repeated"
+    assert len(read_log(log_path)) == 8
+    ended = sweeps.carry_out(sweep, session)[1]
+    alone = prune(make_context(config_file.load(path, [*overrides, f"run.root={tmp_path / 'alone'}"])))
+    assert alone is not None
+    assert (ended.stopped, ended.after.label) == (None, "recovered")
+    assert ended.after.perplexity == alone.variants[-1].perplexity
 
 
 def test_more_training_workers_than_there_are_places_is_an_error_at_once(write_sweep: WriteSweep, session: int) -> None:

@@ -1,5 +1,6 @@
 """Recovery on Ray Train: two workers that distil, each with its own teacher, equal one."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from cria_dist.models import checkpoint
 from cria_dist.runtime import train
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import recover
+from cria_dist.stages.halving import Race
 from cria_dist.stages.recover import Place, RecoverTask, Teacher, read_log
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("session")]
@@ -52,6 +54,29 @@ def test_two_distilling_workers_equal_one(pico: Path, tmp_path: Path) -> None:
     assert losses(two.log_path) == pytest.approx(losses(one.log_path), abs=1e-4)
     assert losses(one.log_path)[-1] < losses(one.log_path)[0] - 0.1
     assert (two.target / checkpoint.WEIGHTS).stat().st_size == (one.target / checkpoint.WEIGHTS).stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_two_that_share_a_model_stop_where_they_fall_behind_and_go_on_later(pico: Path, tmp_path: Path) -> None:
+    tokens_path = tmp_path / "tokens.npy"
+    np.save(tokens_path, np.random.default_rng(0).integers(0, 256, (12, 32)).astype(np.int32))
+    config = CONFIG.model_copy(update={"strategy": "fsdp2", "distill": 0.0, "patience": 9})
+    whole, ours = (
+        RecoverTask(pico, tokens_path, tmp_path / name, tmp_path / f"{name}.jsonl", config, "highest", 0)
+        for name in ("whole", "ours")
+    )
+    recover.train(whole, Place(), None, lambda step, write: None)
+    assert Race(tmp_path / "rungs", "better", 6, 2).goes_on(6, 0.0)
+    race = Race(tmp_path / "rungs", "ours", 6, 2)
+    RayTrainer(2, use_gpu=False)(dataclasses.replace(ours, race=race), "stopped", tmp_path / "trainer")
+    before = read_log(ours.log_path)
+    assert race.stopped() == (6, before[-1]["held_out"])
+    assert not ours.target.exists()
+    RayTrainer(2, use_gpu=False)(ours, "stopped", tmp_path / "trainer")
+    assert read_log(ours.log_path)[:6] == before, "finished steps were repeated"
+    assert losses(ours.log_path) == pytest.approx(losses(whole.log_path), abs=1e-5)
+    assert (ours.target / checkpoint.WEIGHTS).is_file()
 
 
 def dies_twice(config: dict[str, Any]) -> None:

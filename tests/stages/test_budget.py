@@ -12,7 +12,7 @@ from cria_dist.errors import ConfigError, PlanError
 from cria_dist.maths.allocation_rooms import Room
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
-from cria_dist.models.macs import macs_per_position
+from cria_dist.models.macs import macs_of_layers, macs_per_position
 from cria_dist.records import Site
 from cria_dist.stages.budget import Budget, budget_of, held_out, rooms_of
 from cria_dist.stages.prepare import prepare
@@ -39,6 +39,21 @@ def test_macs_are_those_of_a_forward_pass(pico: Path) -> None:
     attention = 2 * 2 * 16 * 4 * 8  # two products per layer, with 16 positions, in 4 heads of 8
     found = macs_per_position(config, family_of(config), 16)
     assert 16 * found == macs_of_linear_maps(model, 16) + 16 * attention
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_macs_of_experts_are_of_those_a_token_goes_through(
+    model_type: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of a router's map and two experts, as against a plain MLP in one layer of Qwen3."""
+    own = {"qwen3_moe": {"moe_intermediate_size": 24, "mlp_only_layers": [1]}}.get(model_type, {})
+    model = make_model(tmp_path / "model", model_type, num_experts=5, num_experts_per_tok=2, **own)
+    config = checkpoint.read_config(model)
+    width, experts = (48, (2, 2)) if model_type == "mixtral" else (24, (2, 0))
+    attention = 3 * 32 * 32 + 2 * 16 * 4 * 8
+    layers = [attention + (5 * 32 + 2 * 3 * 32 * width if used else 3 * 32 * 48) for used in experts]
+    assert macs_of_layers(config, family_of(config), 16) == layers
+    assert macs_per_position(config, family_of(config), 16) == sum(layers) + 300 * 32
 
 
 def test_a_unit_takes_its_macs_along(make_model: Callable[..., Path], tmp_path: Path) -> None:

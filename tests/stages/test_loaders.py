@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cria_dist.models import checkpoint, gguf_layout
+from cria_dist.models import checkpoint, gguf_families, gguf_layout
 from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery, write_pruned
 from cria_dist.report.writer import report_from_json
@@ -57,12 +57,12 @@ def test_a_report_says_it_of_what_the_run_ended_with(finished_run: FinishedRun) 
 
 
 def test_a_form_that_computes_something_else_is_no(uneven: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_layout, "halves_to_pairs", lambda tensor, heads: tensor)
+    monkeypatch.setattr(gguf_families, "halves_to_pairs", lambda tensor, heads: tensor)
     assert asked(uneven, tokens)["llama.cpp"].startswith("no: GGUF of `cria export`, architecture 'deci' loads, but")
 
 
 def test_a_file_that_llama_cpp_refuses_is_no(uneven: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_layout, "LAYERED", "llama")
+    monkeypatch.setattr(gguf_layout, "LAYERED", gguf_families.LLAMA)
     assert asked(uneven, tokens)["llama.cpp"].startswith("no: llama.cpp does not load its GGUF (ValueError: ")
 
 

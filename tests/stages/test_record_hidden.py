@@ -155,9 +155,9 @@ def test_a_damaged_file_is_recorded_again(task: RecordTask) -> None:
     (name,) = [name for name in recording.storage.sizes("activations/layer-002.block") if "shard-00001" in name]
     Path(recording.storage.where(name)).write_bytes(b"half")
     assert not recording.is_complete()
-    left = schedule.pending(
-        schedule.Schedule("sweep", partition(LAYERS, LAYERS), ""), 3, recording.committed(), [], ("mlp", "block")
-    )
+    sites = [Site(layer, part) for layer in range(LAYERS) for part in ("mlp", "block")]
+    sweep = schedule.Schedule("sweep", partition(LAYERS, LAYERS), "")
+    left = schedule.pending(sweep, 3, recording.committed(), [], sites)
     assert [str(work) for work in left if work.block.first == 2] == ["shard 1, layers 2-2"]
 
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cria_dist.models import checkpoint
 from cria_dist.models.family import FAMILIES, family_of
 from cria_dist.stages import recover
 from cria_dist.stages.check_recovery import check_recovery
+from cria_dist.stages.halving import Race
 from cria_dist.stages.prepare import prepare
 from cria_dist.stages.recover import Place, RecoverTask, Teacher, read_log
 
@@ -107,7 +108,9 @@ def trainings(pico: Path, make_model: Callable[..., Path], tmp_path_factory: pyt
         them.alone(them.task(recipe))
     jobs: list[Job] = [(them.task(recipe, "-2"), None) for recipe in RECIPES]
     jobs += [(them.task("all", "-1-2"), them.state("all")), (them.task("all", "-2-2"), them.state("all-2"))]
-    them.together(jobs)
+    assert Race(folder / "rungs", "better", 3, 2).goes_on(3, 0.0)
+    behind = replace(them.task("all", "-2-race"), race=Race(folder / "rungs", "ours", 3, 2))
+    them.together([*jobs, (behind, None)])
     return them
 
 
@@ -135,6 +138,14 @@ def test_two_workers_go_on_where_one_or_two_were(trainings: Trainings) -> None:
     np.testing.assert_allclose(list(trainings.losses("all-1-2").values()), list(rest.values()), atol=1e-5)
     expected, found = (trainings.weights(trainings.tasks[name]) for name in ("all-2", "all-2-2"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_two_workers_stop_together_when_they_fall_behind(trainings: Trainings) -> None:
+    whole = trainings.losses("all-2")
+    assert trainings.losses("all-2-race") == {step: loss for step, loss in whole.items() if step <= 3}
+    expected, found = (load_file(trainings.state(name) / "state.safetensors") for name in ("all-2", "all-2-race"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not trainings.tasks["all-2-race"].target.exists()
 
 
 def test_one_worker_goes_on_where_two_were(trainings: Trainings) -> None:

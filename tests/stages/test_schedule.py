@@ -161,36 +161,53 @@ BLOCKS = partition(LAYERS, 2)
 SWEEP = Schedule("sweep", BLOCKS, "")
 
 
+def pending(
+    layout: Schedule, shards: int, committed: set[tuple[Site, int]], boundaries: set[tuple[int, int]]
+) -> list[ShardWork]:
+    """Of the MLPs of all layers, and of a further site of the second one."""
+    return schedule.pending(layout, shards, committed, boundaries, [*map(Site, range(LAYERS)), Site(1, "attention")])
+
+
 def done(*pairs: tuple[int, int]) -> set[tuple[Site, int]]:
-    return {(Site(layer), shard) for layer, shard in pairs}
+    further = {(Site(1, "attention"), shard) for layer, shard in pairs if layer == 1}
+    return {(Site(layer), shard) for layer, shard in pairs} | further
 
 
 def test_everything_is_left_at_first() -> None:
-    left = schedule.pending(SWEEP, 3, set(), set())
+    left = pending(SWEEP, 3, set(), set())
     assert left == [ShardWork(shard, block) for block in BLOCKS for shard in range(3)]
 
 
 def test_finished_items_are_not_left() -> None:
     committed = done((0, 0), (1, 0), (0, 1), (1, 1), (2, 1), (3, 1))
-    assert schedule.pending(SWEEP, 2, committed, {(2, 0)}) == [ShardWork(0, BLOCKS[1])]
+    assert pending(SWEEP, 2, committed, {(2, 0)}) == [ShardWork(0, BLOCKS[1])]
 
 
 def test_an_item_is_repeated_when_its_hidden_states_are_gone() -> None:
     committed = done((0, 0), (1, 0))
-    assert schedule.pending(SWEEP, 1, committed, set()) == [ShardWork(0, block) for block in BLOCKS]
+    assert pending(SWEEP, 1, committed, set()) == [ShardWork(0, block) for block in BLOCKS]
     other = {(1, 0)}  # left by blocks of another length: of no use
-    assert schedule.pending(SWEEP, 1, committed, other) == [ShardWork(0, block) for block in BLOCKS]
+    assert pending(SWEEP, 1, committed, other) == [ShardWork(0, block) for block in BLOCKS]
 
 
 def test_half_a_block_is_not_a_block() -> None:
-    assert schedule.pending(SWEEP, 1, done((0, 0), (1, 0), (2, 0)), {(2, 0)}) == [ShardWork(0, BLOCKS[1])]
+    assert pending(SWEEP, 1, done((0, 0), (1, 0), (2, 0)), {(2, 0)}) == [ShardWork(0, BLOCKS[1])]
     whole = Schedule("replicate", partition(LAYERS, 1), "")
-    assert schedule.pending(whole, 1, done((0, 0), (1, 0), (2, 0)), {(2, 0)}) == [ShardWork(0, Block(0, 4, 4))]
+    assert pending(whole, 1, done((0, 0), (1, 0), (2, 0)), {(2, 0)}) == [ShardWork(0, Block(0, 4, 4))]
+
+
+def test_a_site_is_lost_and_a_layer_may_have_none() -> None:
+    there = done((0, 0), (1, 0), (2, 0), (3, 0))
+    assert pending(SWEEP, 1, there, {(2, 0)}) == []
+    assert pending(SWEEP, 1, there - {(Site(1, "attention"), 0)}, {(2, 0)}) == [ShardWork(0, BLOCKS[0])]
+    by_layer = Schedule("sweep", partition(LAYERS, LAYERS), "")
+    left = schedule.pending(by_layer, 1, done((0, 0)), {(1, 0)}, [Site(0), Site(2)])
+    assert [work.block.first for work in left] == [1, 2], "the second layer has no site, and leads to the third"
 
 
 def test_a_pipeline_keeps_blocks_at_home() -> None:
     pipeline = Schedule("pipeline", BLOCKS, "")
-    items = schedule.pending(pipeline, 2, set(), set())
+    items = pending(pipeline, 2, set(), set())
     flow = schedule.flow(pipeline, items)
     assert {str(item): home for item, home in flow.homes.items()} == {
         "shard 0, layers 0-1": 0, "shard 1, layers 0-1": 0, "shard 0, layers 2-3": 1, "shard 1, layers 2-3": 1,

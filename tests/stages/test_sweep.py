@@ -17,6 +17,7 @@ BASE = 'name = "s"\nmodel = { path = "builtin:smollm2-135m" }\nrun = { root = "R
 
 
 OPTUNA = "[sweep]\nsearch = 'optuna'\n"
+ASHA = "[sweep]\nscheduler = 'asha'\n[sweep.grid]\n"
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_other_verbs_take_the_same_file(write: Callable[[str], str]) -> None:
         ("[sweep.grid]\nprune.ratio = [0.2, 0.2]\n", r"'prune.ratio=0.2' and 'prune.ratio=0.2' are the same run"),
         (
             "[sweep]\nconcurrenzy = 2\n",
-            r"^unknown key 'sweep.concurrenzy'; known keys here: concurrency, grid, search, space, trials$",
+            r"^unknown key 'sweep.concurrenzy'; known keys here: concurrency, grace_steps, grid, reduction_factor, ",
         ),
         ("[sweep]\nconcurrency = 0\n", r"^sweep.concurrency=0: "),
         (OPTUNA, r"sweep.search='optuna' and sweep.space go together"),
@@ -115,6 +116,25 @@ def test_other_verbs_take_the_same_file(write: Callable[[str], str]) -> None:
         (
             OPTUNA + "[sweep.space]\nprune.multiple = { min = -1, max = 4 }\n",
             r"^trial 'prune.multiple=-1': prune.multiple=-1: ",
+        ),
+        (
+            ASHA + "recover.learning_rate = [1e-4, 1e-3]\n",
+            r"^trial 'recover.learning_rate=0.0001': .* and recover.patience=0 holds none out; set recover.patience=3",
+        ),
+        (
+            ASHA + "recover.patience = [2, 3]\nrecover.steps = [40]\n",
+            r"sweep.grace_steps=50 is first looked at after 50 of recover.steps=40, .* lower it, or recover.check",
+        ),
+        (
+            ASHA + "recover.patience = [2, 3]\nrecover.steps = [2000]\n",
+            r"sweep.grace_steps=50 ends while the learning rate still rises, .* raise it to 200",
+        ),
+        (ASHA + "recover.patience = [2]\nprune.ratio = [0.2, 0.3]\n", r"no two trials agree in them; set sweep.sched"),
+        (ASHA + "recover.steps = [0]\n", r"no two trials agree in them"),
+        (ASHA.replace("asha", "median") + "seed = [1]\n", r"sweep.scheduler=\"median\": "),
+        (
+            OPTUNA + "scheduler = 'asha'\n[sweep.space]\nrecover.patience = { min = 0, max = 3 }\n",
+            r"^trial 'recover.patience=0': .* set recover.patience=3",
         ),
     ],
 )
@@ -144,6 +164,20 @@ def test_a_search_of_its_own_for_every_combination_of_the_grid(write: Callable[[
     assert trial.config.recover.learning_rate == 1.2345678901234567e-05
     assert (trial.config.seed, trial.config.prune.ratio, trial.config.method.name) == (5, 0.3, "random")
     assert plan(path, ["seed=5", "sweep.trials=6"]).folder != sweep.folder == plan(path, ["seed=5"]).folder
+
+
+def test_where_trials_are_compared_and_that_they_are_names_the_folder(write: Callable[[str], str]) -> None:
+    grid = "recover.learning_rate = [1e-4, 1e-3]\nprune.ratio = [0.2, 0.3]\nrecover.patience = [2]\n"
+    quiet, sweep = plan(write("[sweep.grid]\n" + grid)), plan(write(ASHA + grid))
+    assert [quiet.race(trial) for trial in quiet.trials] == [None] * 4
+    races = [sweep.race(trial) for trial in sweep.trials]
+    assert [race and race.name for race in races] == [trial.folder.name for trial in quiet.trials]
+    folders = [race.folder for race in races if race]
+    assert folders[0] == folders[2] != folders[1] == folders[3]
+    assert folders[0].parent == sweep.folder / "rungs"
+    assert {(race.grace, race.factor) for race in races if race} == {(50, 3)}
+    other = plan(write(ASHA + grid), ["sweep.reduction_factor=2"])
+    assert len({quiet.folder, sweep.folder, other.folder}) == 3
 
 
 def test_a_search_needs_optuna(write: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:

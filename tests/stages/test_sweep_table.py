@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cria_dist.records import Evaluation
@@ -51,6 +52,23 @@ def test_the_table_marks_fronts_and_the_best(rows: list[Row]) -> None:
     assert lines["a"][1:5] == ("900", "10.0 %", "12.00 (1.20x) P", "11.50 (1.15x)")
     assert lines["b"][1:] == ("900", "10.0 %", "13.00 (1.30x)", "11.00 (1.10x) P", "5.00", "2.00")
     assert "perplexity" in table.title
+
+
+def test_what_was_stopped_is_told_and_neither_best_nor_on_a_front_after(rows: list[Row], tmp_path: Path) -> None:
+    """Even where the model before is the best there is."""
+    state = "stopped after 50 of 100 steps, held-out loss 3.2000"
+    stopped = replace(rows[0], before=replace(rows[0].before, perplexity=10.5), stopped=state)
+    stopped = replace(stopped, after=stopped.before, checkpoint=tmp_path / "stopped")
+    mixed = [stopped, *rows[1:]]
+    assert best(mixed)["20.0 % of units"].label == "b"
+    assert best([stopped]) == {}
+    assert (front(mixed, "before")[0], front(mixed, "after")) == (True, front(rows, "after"))
+    [line] = [line for line in grid(mixed).rows if line[0] == "a"]
+    assert line[3:5] == ("10.50 (1.05x) P", state)
+    assert [one.get("stopped") for one in record(mixed)["trials"]] == [state, None, None, None, None]
+    assert "stopped" not in record(rows)["trials"][0]
+    [_, after] = sweep_results.panels(mixed)[0].clouds
+    assert np.isnan(after.points_P2[0, 1])
 
 
 def test_classifiers_are_judged_by_their_labels() -> None:

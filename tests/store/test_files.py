@@ -128,3 +128,23 @@ def test_other_names_are_refused(name: str) -> None:
 
 def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert files.free_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_what_vanishes_while_it_is_taken_over_was_never_there(tmp_path: Path) -> None:
+    root = tmp_path / "[runs]"
+    for name in ("a", "b", "c", ".d"):
+        files.write_bytes(root / name / "times.json", name.encode())
+    seen: list[str] = []
+
+    def take(path: Path) -> bool:
+        seen.append(path.parent.name)
+        (root / "b" / "times.json").unlink(missing_ok=True)  # as whoever deletes a run does
+        return path.read_bytes() > b"a"
+
+    assert files.take_over(root, "*/times.json", take) == root / "c" / "times.json"
+    assert seen == [".d", "a", "b", "c"]
+    assert files.take_over(root, "*/none.json", take) is None
+    assert files.take_over(tmp_path / "none", "*/times.json", take) is None
+    assert files.take_copy(root, "c/*.json", tmp_path / "new" / "copy")
+    assert (tmp_path / "new" / "copy").read_bytes() == b"c"
+    assert not files.take_copy(root, "b/*.json", tmp_path / "other")

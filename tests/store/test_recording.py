@@ -1,6 +1,8 @@
 """Commit records, the manifest, and taking over a neighbour's recording."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +208,50 @@ def test_adopt_is_not_stopped_by_a_damaged_neighbour(content: str, toy: Any, tmp
     (tmp_path / "run-a" / "round-00" / "manifest.json").write_text(content)
     complete(toy, tmp_path / "run-c" / "round-00")
     assert adopt(empty(tmp_path / "run-b" / "round-00"), tmp_path) == tmp_path / "run-c" / "round-00"
+
+
+def delete_run(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def empty_moments(folder: Path) -> None:
+    """As far as a deletion has come that has reached neither the manifest nor what is being copied."""
+    for path in folder.glob("*/moments/*/*.*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("delete", [delete_run, empty_moments])
+def test_adopt_passes_over_a_neighbour_that_vanishes(
+    delete: Callable[[Path], None], toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When three of its files have come over: they are gone on with, and there is no manifest."""
+    folder = tmp_path / "run-b" / "round-00"
+    complete(toy, tmp_path / "run-a" / "round-00")
+    linked, link = [], places._link
+
+    def delete_and_link(source: str, target: str) -> None:
+        if len(linked) == 3:
+            delete(tmp_path / "run-a")
+        linked.append(source)
+        link(source, target)
+
+    monkeypatch.setattr(places, "_link", delete_and_link)
+    assert adopt(empty(folder), tmp_path) is None
+    assert len(linked) > 3
+    assert not (folder / "manifest.json").exists()
+    complete(toy, tmp_path / "run-c" / "round-00")
+    assert adopt(empty(folder), tmp_path) == tmp_path / "run-c" / "round-00"
+    assert empty(folder).is_complete()
+
+
+def test_an_error_that_is_not_a_vanished_neighbour_is_told(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete(toy, tmp_path / "run-a" / "round-00")
+
+    def fail(one: str, other: str) -> None:
+        raise PermissionError(13, "no hard links here", other)
+
+    monkeypatch.setattr(places, "_link", fail)
+    with pytest.raises(OSError, match="no hard links here"):
+        adopt(empty(tmp_path / "run-b" / "round-00"), tmp_path)

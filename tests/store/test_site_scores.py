@@ -1,5 +1,6 @@
 """Scores of a site: round trip, ownership by digest, nothing executable in the files."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,25 @@ def test_adopt_wants_the_same_digest_and_all_sites(tmp_path: Path) -> None:
 def test_adopt_does_not_take_itself(tmp_path: Path) -> None:
     neighbour(tmp_path / "run-a" / "round-00", "d1", SITES)
     assert not adopt(tmp_path / "run-a" / "round-00", tmp_path, SITES, "d1")
+
+
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_adopt_passes_over_a_neighbour_that_vanishes(
+    left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleted when so many of its four files have come over."""
+    first, target = tmp_path / "run-a" / "round-00", tmp_path / "run-b" / "round-00"
+    neighbour(first, "d1", SITES)
+    linked, link = [], site_scores._adopt_file
+
+    def link_and_delete(source: Path, target: Path) -> None:
+        if len(linked) == left:
+            shutil.rmtree(tmp_path / "run-a", ignore_errors=True)
+        linked.append(source)
+        link(source, target)
+
+    monkeypatch.setattr(site_scores, "_adopt_file", link_and_delete)
+    assert not adopt(target, tmp_path, SITES, "d1")
+    neighbour(tmp_path / "run-c" / "round-00", "d1", SITES)
+    assert adopt(target, tmp_path, SITES, "d1")
+    assert_same(read_scores(target, SITE), read_scores(tmp_path / "run-c" / "round-00", SITE))
