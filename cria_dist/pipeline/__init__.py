@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cria_dist.pipeline import depth, results, rounds, weights
+from cria_dist.pipeline import depth, recovery, results, rounds, weights
 from cria_dist.pipeline.context import Context, Train
 from cria_dist.pipeline.results import Measured
 from cria_dist.pipeline.rounds import Model
@@ -37,7 +37,7 @@ def prune(context: Context, command: str = "", until: Stage = "evaluate") -> Rep
     if shrunk is None or until == "apply":
         return None
     compared = results.comparison_variants(context, shrunk.dense_recording) if until == "evaluate" else []
-    recovered = results.recover_model(context, shrunk.model)
+    recovered = recovery.recover_model(context, shrunk.model)
     weights.compress_checkpoint(context, recovered)
     if until == "recover":
         return None
@@ -88,7 +88,7 @@ def measure(
         variants=timed,
         comparison=evaluations[len(main) :],
         generations=texts,
-        loss_path=results.loss_path(context, pruned) if recovered else None,
+        loss_path=recovery.loss_path(context, pruned) if recovered else None,
         loaders=results.verify_exports(context, pruned, recovered)
         | weights.compress_checkpoint(context, pruned)
         | weights.compress_checkpoint(context, recovered),

@@ -15,7 +15,7 @@ from cria_dist.config_file import load, parse
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.resnet_cifar import convert
-from cria_dist.pipeline import Context, results, rounds, shrink
+from cria_dist.pipeline import Context, recovery, results, rounds, shrink
 from cria_dist.pipeline.protocol import protocol
 from cria_dist.pool import LocalPool
 from cria_dist.records import Evaluation
@@ -153,7 +153,7 @@ def _variants(context: Context) -> list[Evaluation]:
     shrunk = shrink(context)
     if shrunk is None:
         raise RuntimeError(f"the run {context.job.config.name} stopped before its end")
-    recovered = results.recover_model(context, shrunk.model)
+    recovered = recovery.recover_model(context, shrunk.model)
     variants = results.main_variants(context, rounds.dense_model(context), shrunk.model, recovered)
     return results.evaluate_variants(context, variants)
 
