@@ -159,13 +159,13 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
     choices = [[config_file.as_override(key, value) for value in values] for key, values in settings.axes.items()]
     points = list(itertools.product(*choices))
     searches = _searches(path, overrides, points, settings) if settings.space else ()
+    corners = [trial for search in searches for trial in search.corners()]
     trials = tuple(search.example for search in searches) or tuple(_trial(path, overrides, own) for own in points)
     twice = [folder for folder, count in Counter(trial.folder for trial in trials).items() if count > 1]
     if twice:
         same = " and ".join(repr(trial.label) for trial in trials if trial.folder == twice[0])
         raise ConfigError(f"{same} are the same run; leave one out of sweep.grid")
-    tried = [trial for search in searches for trial in search.corners()] or trials
-    rungs = halving.rungs(settings, [(trial.label, trial.config) for trial in tried], bool(searches))
+    rungs = halving.rungs(settings, [(trial.label, trial.config) for trial in corners or trials], bool(searches))
     return Sweep(base, trials, settings.concurrency, searches, rungs)
 
 
@@ -174,10 +174,7 @@ def _searches(
 ) -> tuple[Search, ...]:
     if find_spec("optuna") is None:
         raise ConfigError("sweep.search='optuna' needs optuna, which is not installed; pip install 'cria-dist[sweep]'")
-    found = [Search(path, tuple(overrides), own, settings.choices, settings.trials) for own in points]
-    for search in found:
-        search.corners()
-    return tuple(found)
+    return tuple(Search(path, tuple(overrides), own, settings.choices, settings.trials) for own in points)
 
 
 def _trial(path: str, overrides: Sequence[str], own: Sequence[str]) -> Trial:

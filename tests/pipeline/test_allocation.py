@@ -16,7 +16,7 @@ from cria_dist.config import RunConfig
 from cria_dist.files import read_json
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.family import family_of
-from cria_dist.pipeline import Context, allocation, prune, results
+from cria_dist.pipeline import Context, allocation, prune
 from cria_dist.pool import Flow, LocalPool
 from cria_dist.records import PruningPlan, Report, Stage
 from cria_dist.stages import verify
@@ -253,12 +253,12 @@ def test_two_rounds_of_scores_keep_the_budget(
 
 
 @pytest.mark.usefixtures("uneven")
+@pytest.mark.usefixtures("no_fresh_process")
 def test_the_whole_story_with_uneven_layers(
     run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recovery, evaluation and example texts; compared methods get the same widths."""
     reports: list[Report] = []
-    monkeypatch.setattr(results, "verify_exports", lambda *_: {})  # seconds a process; tested on its own
     monkeypatch.setattr(pipeline, "write_report", lambda report, *_: reports.append(report))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # waiting for all threads of a busy machine takes seconds
     config = run_config(

@@ -15,7 +15,7 @@ from cria_dist.errors import ConfigError, CriaError
 from cria_dist.models import checkpoint
 from cria_dist.models.checkpoint import Numerics, read_config
 from cria_dist.models.experts import output_norms
-from cria_dist.pipeline import Context, prune, results
+from cria_dist.pipeline import Context, prune
 from cria_dist.records import PruningPlan, Site
 from cria_dist.stages.export_plan import apply_plan
 from cria_dist.stages.prepare import prepare
@@ -100,15 +100,14 @@ def test_blocks_and_groups_and_two_rounds_record_the_same(
 
 
 @pytest.mark.parametrize("recover", [{"train": "mlp"}, {"lora_rank": 2}])
+@pytest.mark.usefixtures("no_fresh_process")
 def test_a_recovered_model_is_written_as_it_was_stored(
     recover: dict[str, Any],
     moe: Path,
     run_config: RunConfigMaker,
     make_context: MakeContext,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(results, "verify_exports", lambda *_: {})  # a fresh process has tests of its own
     settings = {"method": {"name": "activation"}, "evaluate": {"latency_repeats": 0, "prompts": []}}
     context = make_context(
         run(run_config, tmp_path, moe, {}, recover=recover, compare=[{"name": "random"}], **settings)
@@ -143,16 +142,15 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", LAYERS)
+@pytest.mark.usefixtures("no_fresh_process")
 def test_whole_layers_go(
     case: str,
     mixed: Path,
     run_config: RunConfigMaker,
     make_context: MakeContext,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is left has experts in the layers that had them; the stock class loads it where KV groups are alike."""
-    monkeypatch.setattr(results, "verify_exports", lambda *_: {})  # a fresh process has tests of its own
     settings = {"ratio": 0.4, "budget": "parameters"} | LAYERS[case].get("prune", {})
     quick = {"record": {"schedule": "sweep"}, "evaluate": {"latency_repeats": 0, "prompts": []}}
     config = run_config(tmp_path, **LAYERS[case] | {"model": {"path": str(mixed)}, "prune": settings} | quick)

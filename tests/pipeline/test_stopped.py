@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from cria_dist.pipeline import prune, results
+from cria_dist.pipeline import prune
 from cria_dist.stages.halving import Race
 from cria_dist.stages.recover import read_log
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_a_stopped_recovery_is_no_variant_and_said(
-    run_config: Callable[..., Any], make_context: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_config: Callable[..., Any], make_context: Callable[..., Any], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(results, "verify_exports", lambda *_: {})
     config = run_config(tmp_path, recover={"patience": 9}, evaluate={"latency_repeats": 0})
     assert Race(tmp_path / "rungs", "better", 2, 2).goes_on(2, 0.0)
     raced = replace(make_context(config), race=Race(tmp_path / "rungs", "ours", 2, 2))

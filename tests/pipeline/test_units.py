@@ -16,7 +16,7 @@ from cria_dist.models import checkpoint
 from cria_dist.models.attention import LAYER_KV_HEADS
 from cria_dist.models.checkpoint import Numerics, read_config
 from cria_dist.models.family import family_of
-from cria_dist.pipeline import Context, prune, results
+from cria_dist.pipeline import Context, prune
 from cria_dist.records import PruningPlan, Site, Stage
 from cria_dist.stages.prepare import prepare
 from cria_dist.stages.repair import signals_of
@@ -165,15 +165,14 @@ def test_neurons_and_groups_share_a_budget(
     assert load_pruned(folder / "pruned")(input_ids=TOKENS).logits.isfinite().all()
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_layers_groups_and_neurons_by_measured_losses(
     heads: Path,
     run_config: RunConfigMaker,
     make_context: MakeContext,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A budget so large that a whole layer must go; the compared method gets the same widths."""
-    monkeypatch.setattr(results, "verify_exports", lambda *_: {})  # a fresh process has tests of its own
     mixed = {"units": ["mlp", "attention", "layer"], "budget": "parameters", "allocation": "sensitivity", "ratio": 0.4}
     config = run(run_config, tmp_path, heads, mixed, compare=[{"name": "random"}], evaluate={"latency_repeats": 0})
     folder, plan = carry_out(make_context, config, "evaluate")
