@@ -20,6 +20,9 @@ from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily, ModelDict, layers_differ
 from cria_dist.models.ranks import Ranks
 
+SLICED = ("colwise", "rowwise")
+"""How ``transformers`` shares a map whose units stay where they are computed."""
+
 
 def tensor_ranks_problem(model_config: ModelDict, ranks: int) -> str | None:
     """Why a model cannot be shared by so many ranks, and how many can share it.
@@ -36,8 +39,15 @@ def tensor_ranks_problem(model_config: ModelDict, ranks: int) -> str | None:
     """
     family = family_of(model_config)
     settings: Any = AutoConfig.for_model(**model_config)
-    if family.takes != "tokens" or not getattr(settings, "base_model_tp_plan", None):
+    plan: ModelDict = getattr(settings, "base_model_tp_plan", None) or {}
+    if family.takes != "tokens" or not plan:
         return f"transformers has no plan to share the layers of {family.model_type!r}; take record.schedule=sweep"
+    whole = [name for name in family.mlp_maps if plan.get(f"layers.*.{name}") not in SLICED]
+    if whole:
+        return (
+            f"transformers gathers what {' and '.join(whole)} of {family.model_type!r} give, so no rank sees its own "
+            "units alone; take record.schedule=sweep"
+        )
     if layers_differ(model_config):
         return "transformers cannot share layers of different widths; take record.schedule=sweep"
     heads = int(settings.num_attention_heads)
@@ -48,7 +58,7 @@ def tensor_ranks_problem(model_config: ModelDict, ranks: int) -> str | None:
         return None
     common = math.gcd(*(count for count, _ in counts))
     legal = " or ".join(str(number) for number in range(1, common + 1) if common % number == 0)
-    return f"{ranks} ranks cannot share {', '.join(uneven)} evenly; take {legal}"
+    return f"{ranks} ranks cannot share {', '.join(uneven)} evenly; set run.workers={legal}, or record.schedule=auto"
 
 
 class TensorParallelModel:

@@ -13,7 +13,7 @@ from cria_dist.pool import Flow, Pool
 from cria_dist.records import StageTime
 from cria_dist.report.progress import Bar, Progress
 from cria_dist.stages.halving import Race
-from cria_dist.stages.prepare import Job
+from cria_dist.stages.job import Job
 from cria_dist.stages.training import TrainTask
 
 Item = TypeVar("Item")

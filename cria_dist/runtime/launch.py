@@ -17,7 +17,8 @@ from cria_dist.runtime.pool import RayPool
 from cria_dist.runtime.session import gpus_per_worker, grows, ray_session
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import training
-from cria_dist.stages.prepare import Job, prepare
+from cria_dist.stages.job import Job
+from cria_dist.stages.prepare import prepare
 from cria_dist.stages.recover import Place, RecoverTask
 from cria_dist.stages.recover_state import STATE
 

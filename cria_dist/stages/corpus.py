@@ -14,7 +14,8 @@ from cria_dist.config import CorpusConfig, DataConfig
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.records import Int32
 from cria_dist.stages.chat import conversation_reader
-from cria_dist.stages.sources import SEPARATOR, plain_text, read_items
+from cria_dist.stages.readers import SEPARATOR
+from cria_dist.stages.sources import plain_text, read_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -178,7 +178,7 @@ def _check_workers(work: Workload, workers: int, kind: Kind) -> None:
         )
     problem = tensor_ranks_problem(work.model_config, workers) if kind == "tensor" else None
     if problem is not None:
-        raise ConfigError(f"record.schedule=tensor: {problem} as run.workers, or use record.schedule=auto")
+        raise ConfigError(f"record.schedule=tensor: {problem}")
 
 
 def _nothing_fits(work: Workload, workers: int, available: int, wanted: Kind | Literal["auto"]) -> str:

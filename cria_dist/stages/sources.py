@@ -1,22 +1,20 @@
-"""Items of a corpus, one at a time: rows of local files and hub data sets, paragraphs of text, the built-in text."""
+"""Items of a corpus, one at a time: what is made of its rows, and which part of them is read."""
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from cria_dist.config import CorpusConfig
-from cria_dist.errors import ConfigError, DataError
-from cria_dist.stages.lines import Rows, json_rows, paragraphs, tab_rows
+from cria_dist.errors import ConfigError
+from cria_dist.stages.lines import Rows, paragraphs
+from cria_dist.stages.readers import hub_rows, pydoc_paragraphs, reader_of, require_fields
 
-SEPARATOR = "\n\n"
 STRETCH = 1 << 16
 """Characters (or bytes of decoded images) of a hub data set that go to one part before the other has its turn."""
-BATCH = 64
-"""Rows of a Parquet file decoded at a time."""
 
 Item = TypeVar("Item")
 """A document, or the RGB values of an image."""
@@ -59,12 +57,12 @@ def read_labelled(
 
 
 def _read(corpus: CorpusConfig, make: Make[Item]) -> Iterator[Item]:
-    reader = _reader(corpus.source)
-    if corpus.format == "chat" and reader in (paragraphs, _pydoc_paragraphs):
+    reader = reader_of(corpus.source)
+    if corpus.format == "chat" and reader in (paragraphs, pydoc_paragraphs):
         raise ConfigError(f'source={corpus.source!r} is plain text without messages; set format="text"')
-    if corpus.revision is not None and (reader is not _hub_rows or Path(corpus.source).exists()):
+    if corpus.revision is not None and (reader is not hub_rows or Path(corpus.source).exists()):
         raise ConfigError(f"revision={corpus.revision!r} is for hub data sets; leave it out for {corpus.source}")
-    cut = _deal if reader is _hub_rows else _halve
+    cut = _deal if reader is hub_rows else _halve
     return cut(reader(corpus), corpus, make)
 
 
@@ -116,7 +114,7 @@ def _size(item: object) -> int:
 
 def _item(corpus: CorpusConfig, convert: Convert[Item], row: Any, name: Callable[[], str]) -> Item | None:
     if isinstance(row, dict):
-        _require_fields(row, corpus)
+        require_fields(row, corpus)
         row = row[corpus.field]
     return convert(row, functools.partial(_where, "field", corpus, name))
 
@@ -142,94 +140,3 @@ def _labelled(
 
 def _where(key: str, corpus: CorpusConfig, name: Callable[[], str]) -> str:
     return f"{key}={getattr(corpus, key)!r} of {corpus.source} {name()}"
-
-
-def _columns(corpus: CorpusConfig) -> dict[str, str]:
-    """The columns that are read, by the setting that names them."""
-    return {"field": corpus.field} | ({} if corpus.label is None else {"label": corpus.label})
-
-
-def _require_fields(names: Iterable[str], corpus: CorpusConfig) -> None:
-    there = list(names)
-    for setting, column in _columns(corpus).items():
-        if column not in there:
-            raise ConfigError(f"{setting}={column!r} is not in {corpus.source}; it has: {', '.join(map(repr, there))}")
-
-
-def _reader(source: str) -> Callable[[CorpusConfig], Rows]:
-    if source.startswith("builtin:"):
-        if source != "builtin:pydoc":
-            raise ConfigError(f"source={source!r} is not a built-in text; there is builtin:pydoc")
-        return _pydoc_paragraphs
-    path = Path(source)
-    if path.suffix in FILE_READERS and not path.is_dir():
-        if not path.is_file():
-            raise DataError(f"source={source!r}: no such file; give an existing file")
-        return FILE_READERS[path.suffix]
-    if path.is_file():
-        raise ConfigError(f"source={source!r} is of no known kind; files end in {', '.join(FILE_READERS)}")
-    return _hub_rows
-
-
-def _pydoc_paragraphs(_: CorpusConfig) -> Rows:
-    """Unique paragraphs: the topics quote each other, so halves of the plain text would share whole sections."""
-    from pydoc_data.topics import topics
-
-    paragraphs = (paragraph.strip("\n") for topic in topics.values() for paragraph in topic.split(SEPARATOR))
-    unique: dict[str, str] = {}
-    for paragraph in paragraphs:
-        unique.setdefault(" ".join(paragraph.split()), paragraph)
-    unique.pop("", None)
-    total, position = sum(map(len, unique.values())), 0
-    for paragraph in unique.values():
-        yield position / total, str, paragraph
-        position += len(paragraph)
-
-
-def _parquet_rows(corpus: CorpusConfig) -> Rows:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(corpus.source, buffer_size=1 << 20) as file:
-            _require_fields(file.schema_arrow.names, corpus)
-            rows, row = file.metadata.num_rows, 0
-            for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if corpus.part == "second" and row + size <= rows // 2:
-                    row += size
-                    continue
-                for batch in file.iter_batches(BATCH, row_groups=[group], columns=[*_columns(corpus).values()]):
-                    for record in batch.to_pylist():
-                        yield row / rows, functools.partial(_row_name, row), record
-                        row += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{corpus.source} is not a readable Parquet file ({error}); write it again") from error
-
-
-def _hub_rows(corpus: CorpusConfig) -> Rows:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        rows: Any = load_dataset(
-            corpus.source, corpus.subset, split=corpus.split, revision=corpus.revision, streaming=True
-        )
-        if rows.features:
-            rows = rows.decode(False)  # images stay bytes
-        for number, row in enumerate(rows):
-            yield 0.0, functools.partial(_row_name, number), row
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"source={corpus.source!r} (subset {corpus.subset!r}, split {corpus.split!r}, revision "
-            f"{corpus.revision!r}) is neither a local file nor a hub data set that can be read here ({reason}); "
-            "check the name, or give a local file"
-        ) from error
-
-
-def _row_name(row: int) -> str:
-    return f"row {row} (from 0)"
-
-
-FILE_READERS = {".txt": paragraphs, ".tsv": tab_rows, ".jsonl": json_rows, ".parquet": _parquet_rows}

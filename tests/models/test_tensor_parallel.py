@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pyarrow import parquet
+from transformers import AutoConfig
 
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint, ranks
@@ -210,14 +212,29 @@ def test_ranks_that_can_share(size: int, pico: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "size", "named"),
     [
-        ({}, 3, "3 ranks cannot share 4 attention heads, 2 KV heads evenly; take 1 or 2"),
-        ({}, 4, "4 ranks cannot share 2 KV heads evenly; take 1 or 2"),
-        ({"intermediate_size": 45}, 2, "2 ranks cannot share 45 MLP units evenly; take 1"),
-        ({"num_key_value_heads": 4}, 8, "8 ranks cannot share 4 attention heads, 4 KV heads evenly; take 1 or 2 or 4"),
+        ({}, 3, "3 ranks cannot share 4 attention heads, 2 KV heads evenly; set run.workers=1 or 2"),
+        ({}, 4, "4 ranks cannot share 2 KV heads evenly; set run.workers=1 or 2"),
+        ({"intermediate_size": 45}, 2, "2 ranks cannot share 45 MLP units evenly; set run.workers=1"),
+        ({"num_key_value_heads": 4}, 8, "8 ranks cannot share 4 attention heads, 4 KV heads evenly; .*=1 or 2 or 4"),
     ],
 )
 def test_ranks_that_cannot_share_are_told_why(changes: dict[str, int], size: int, named: str, pico: Path) -> None:
-    assert tensor_ranks_problem({**checkpoint.read_config(pico), **changes}, size) == named
+    problem = tensor_ranks_problem({**checkpoint.read_config(pico), **changes}, size) or ""
+    assert re.fullmatch(f"{named}, or record.schedule=auto", problem)
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("phi3", "gathers what mlp.gate_up_proj and mlp.down_proj of 'phi3' give"),
+        ("glm", "gathers what mlp.gate_up_proj and mlp.down_proj of 'glm' give"),
+        ("opt", "no plan to share the layers of 'opt'"),
+    ],
+)
+def test_families_whose_units_no_rank_sees_are_refused(family: str, named: str) -> None:
+    problem = tensor_ranks_problem(AutoConfig.for_model(family).to_dict(), 2) or ""
+    assert named in problem
+    assert problem.endswith("take record.schedule=sweep")
 
 
 def test_heads_the_config_leaves_out_are_those_of_the_architecture(pico: Path) -> None:

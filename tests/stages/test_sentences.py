@@ -31,7 +31,8 @@ from cria_dist.stages import evaluate, schedule
 from cria_dist.stages.examples import PADDING, Examples, model_inputs, read_examples, sentence_lengths, unpadded
 from cria_dist.stages.footprint import Workload
 from cria_dist.stages.gradients import GradientTaker, GradientTask, cut
-from cria_dist.stages.prepare import Job, prepare
+from cria_dist.stages.job import Job
+from cria_dist.stages.prepare import prepare
 from cria_dist.store.recording import MANIFEST, Recording
 from cria_dist.store.saliences import Saliences
 from cria_dist.store.storage import LocalStorage

@@ -13,7 +13,8 @@ from cria_dist import files
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, CriaError, DataError
 from cria_dist.stages import inputs as stage
-from cria_dist.stages.prepare import Job, prepare
+from cria_dist.stages.job import Job
+from cria_dist.stages.prepare import prepare
 
 RunConfigMaker = Callable[..., RunConfig]
 

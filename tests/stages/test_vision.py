@@ -29,7 +29,8 @@ from cria_dist.runtime import launch
 from cria_dist.stages import images, schedule
 from cria_dist.stages.estimate import bytes_of_run, estimate
 from cria_dist.stages.footprint import Workload
-from cria_dist.stages.prepare import Job, prepare
+from cria_dist.stages.job import Job
+from cria_dist.stages.prepare import prepare
 from cria_dist.stages.sample import TokenSample
 from cria_dist.store.recording import MANIFEST, Recording
 from cria_dist.store.storage import LocalStorage
