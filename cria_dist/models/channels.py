@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from cria_dist.errors import ConfigError
 from cria_dist.models import layouts, resnet_bottleneck, resnet_cifar, vgg_cifar
 from cria_dist.models.mlp import LAYER_WIDTHS, PART, MlpFamily, ModelDict, SiteModules
+from cria_dist.models.residual import UNIT
 from cria_dist.records import Site
 
 
@@ -21,6 +22,10 @@ class ConvFamily(MlpFamily):
     """
 
     takes = "images"
+
+    def obstacle(self, part: str) -> str:
+        """Shortcuts have no one width."""
+        return "its residual streams keep their channels" if part == UNIT else ""
 
     @abstractmethod
     def sites(self, config: ModelDict) -> tuple[layouts.SiteLayout, ...]:

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from cria_dist.errors import ConfigError
-from cria_dist.models import attention, residual
-from cria_dist.models.mlp import PART, MlpFamily, ModelDict, SiteModules
+from cria_dist.models import attention
+from cria_dist.models.mlp import PART, ModelDict
 from cria_dist.models.stacks import Stack
+from cria_dist.models.streams import StreamFamily
 from cria_dist.records import Site
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderFamily(MlpFamily):
+class DecoderFamily(StreamFamily):
     """Models of a stream of tokens; attention under Llama's names, unless a family says otherwise."""
 
     parts = (attention.PART, PART)
@@ -50,48 +51,12 @@ class GatedMlpFamily(DecoderFamily):
     mlp_maps = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     mlp_signals = ("gate", "up")
 
-    def modules(self, site: Site) -> SiteModules:
-        """Also of the residual stream."""
-        if site.part in residual.PARTS:
-            return SiteModules({}, residual.reading(self.layers, site).readers[0], ())
-        return DecoderFamily.modules(self, site)  # slots: super() knows another class
-
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """Whether the input maps carry biases; where those of the MLP do, its output map does too."""
         if part == attention.PART:
             key = self.attention_bias
             return bool(config.get(key, False)) if isinstance(key, str) else key
         return self.mlp_bias_key is not None and bool(config.get(self.mlp_bias_key, False))
-
-    def coupled_tensors(self, site: Site, config: ModelDict) -> dict[str, int]:
-        """Also those that carry the dimensions of the residual stream."""
-        if site.part in residual.PARTS:
-            return residual.coupled(self.layers, site, config, self._writes_bias(site, config))
-        return DecoderFamily.coupled_tensors(self, site, config)
-
-    def solved(self, site: Site, config: ModelDict) -> tuple[str, ...]:
-        """Also the readers of the residual stream, and the norms before them."""
-        if site.part in residual.PARTS:
-            return residual.solved(self.layers, site, config)
-        return DecoderFamily.solved(self, site, config)
-
-    def unit_cost(self, site: Site, config: ModelDict) -> int:
-        """Also of a dimension of the residual stream."""
-        if site.part in residual.PARTS:
-            return residual.unit_cost(site, config, self._writes_bias(site, config))
-        return DecoderFamily.unit_cost(self, site, config)
-
-    def unit_macs(self, site: Site, config: ModelDict, length: int) -> int:
-        """Also of a dimension of the residual stream."""
-        if site.part in residual.PARTS:
-            return residual.unit_cost(site, config, False, embedding=False)
-        return DecoderFamily.unit_macs(self, site, config, length)
-
-    def _writes_bias(self, site: Site, config: ModelDict) -> bool:
-        """Whether the map that writes to the residual stream has a bias: Llama's attention, not Qwen's."""
-        if site.part == residual.PARTS[1]:
-            return self.has_bias(config)
-        return isinstance(self.attention_bias, str) and self.has_bias(config, attention.PART)
 
     def _with_biases(self) -> dict[str, Any]:
         if self.mlp_bias_key is None:

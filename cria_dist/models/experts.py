@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cria_dist.errors import ConfigError
-from cria_dist.models import attention
+from cria_dist.models import attention, residual
 from cria_dist.models.decoders import GatedMlpFamily
 from cria_dist.models.mlp import PART as MLP
 from cria_dist.models.mlp import MlpFamily, ModelDict, SiteModules
@@ -83,6 +83,24 @@ class ExpertsFamily(GatedMlpFamily):
         names = (f"{modules.inputs['router']}.weight", *(f"{modules.output}.{leaf}" for leaf in MAPS))
         return dict.fromkeys(names, 0)
 
+    def stream_maps(self, site: Site, config: ModelDict) -> tuple[list[str], list[str]]:
+        """Where a layer has experts, the router and every expert's gate and up read, their downs write."""
+        if not _reads_by_experts(site, config):
+            return GatedMlpFamily.stream_maps(self, site, config)
+        router, *experts = (
+            self.on_disk(f"{self.layers}.{site.layer}.mlp.{name}")
+            for name in ("gate", *(f"experts.{expert}." for expert in range(experts_of(config))))
+        )
+        *reads, writes = self.maps
+        return [router, *(expert + name for expert in experts for name in reads)], [one + writes for one in experts]
+
+    def stream_weights(self, site: Site, config: ModelDict, met: bool) -> int:
+        """Of the router and all experts, or those that a token goes through."""
+        if not _reads_by_experts(site, config):
+            return GatedMlpFamily.stream_weights(self, site, config, met)
+        experts = experts_of(config)
+        return experts + 3 * int(config[self.expert_width]) * (int(config["num_experts_per_tok"]) if met else experts)
+
     def unit_cost(self, site: Site, config: ModelDict) -> int:
         """Of an expert, its three maps and its row of the router."""
         if site.part != PART:
@@ -117,6 +135,10 @@ def has_experts(config: ModelDict, layer: int) -> bool:
     """Whether a layer has experts; some families have plain MLPs in between."""
     plain = layer in (config.get(PLAIN_LAYERS) or ())
     return not plain and (layer + 1) % int(config.get(EVERY) or 1) == 0
+
+
+def _reads_by_experts(site: Site, config: ModelDict) -> bool:
+    return site.part == residual.READ[1] and has_experts(config, site.layer)
 
 
 def weights_met(family: MlpFamily, config: ModelDict) -> dict[int, int]:

@@ -11,9 +11,11 @@ from cria_dist.models.channels import CONVOLUTIONAL
 from cria_dist.models.decoders import FusedMlpFamily, GatedMlpFamily, GptNeoxFamily, OptFamily, Phi3Family
 from cria_dist.models.encoders import BertFamily, DistilBertFamily, RobertaFamily
 from cria_dist.models.experts import ExpertsFamily
-from cria_dist.models.generic import generic_family
+from cria_dist.models.generic import STREAMS, generic_family
 from cria_dist.models.gpt2 import Gpt2Family
 from cria_dist.models.mlp import PART, MlpFamily, ModelDict
+from cria_dist.models.residual import BIASED, GEMMA, PLAIN, Stream
+from cria_dist.models.streams import StreamFamily
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +75,22 @@ VIT_NAMES = {
 FAMILIES: dict[str, MlpFamily] = {
     family.model_type: family
     for family in (
-        GatedMlpFamily("gemma2", attention_bias="attention_bias"),
-        GatedMlpFamily("gemma3_text", attention_bias="attention_bias"),
-        FusedMlpFamily("glm"),
-        FusedMlpFamily("glm4"),
+        GatedMlpFamily("gemma2", GEMMA, attention_bias="attention_bias"),
+        GatedMlpFamily("gemma3_text", GEMMA, attention_bias="attention_bias"),
+        FusedMlpFamily("glm", PLAIN),
+        FusedMlpFamily("glm4", Stream(written=("post_self_attn_layernorm", "post_mlp_layernorm"))),
         Gpt2Family("gpt2"),
         GptNeoxFamily("gpt_neox"),
-        GatedMlpFamily("llama", mlp_bias_key="mlp_bias", attention_bias="attention_bias"),
-        GatedMlpFamily("mistral"),
-        ExpertsFamily("mixtral", block="block_sparse_moe", maps=("w1", "w3", "w2"), expert_width="intermediate_size"),
+        GatedMlpFamily("llama", BIASED, mlp_bias_key="mlp_bias", attention_bias="attention_bias"),
+        GatedMlpFamily("mistral", PLAIN),
+        ExpertsFamily(
+            "mixtral", PLAIN, block="block_sparse_moe", maps=("w1", "w3", "w2"), expert_width="intermediate_size"
+        ),
         OptFamily("opt"),
-        Phi3Family("phi3"),
-        GatedMlpFamily("qwen2", attention_bias=True),
-        GatedMlpFamily("qwen3", attention_bias="attention_bias"),
-        ExpertsFamily("qwen3_moe", attention_bias="attention_bias"),
+        Phi3Family("phi3", PLAIN),
+        GatedMlpFamily("qwen2", PLAIN, attention_bias=True),
+        GatedMlpFamily("qwen3", BIASED, attention_bias="attention_bias"),
+        ExpertsFamily("qwen3_moe", BIASED, attention_bias="attention_bias"),
         BertFamily("bert"),
         DistilBertFamily("distilbert"),
         RobertaFamily("roberta"),
@@ -94,6 +98,11 @@ FAMILIES: dict[str, MlpFamily] = {
         *CONVOLUTIONAL,
     )
 }
+
+RESIDUAL = tuple(
+    sorted({*STREAMS, *(name for name, one in FAMILIES.items() if isinstance(one, StreamFamily) and one.stream)})
+)
+"""Families that can lose dimensions of the residual stream."""
 
 
 def family_of(config: ModelDict) -> MlpFamily:

@@ -12,13 +12,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cria_dist.models import attention
+from cria_dist.models import attention, residual
 from cria_dist.models.decoders import GatedMlpFamily
 from cria_dist.models.mlp import PART, ModelDict
+from cria_dist.models.residual import BIASED, Stream
 from cria_dist.records import Site
 
 WITH_HEADS = ("cohere", "ernie4_5", "granite", "helium", "seed_oss", "smollm3", "stablelm")
 """Families whose attention computes the same with fewer heads; modules alone do not show it."""
+STREAMS: Mapping[str, Stream] = {
+    "ernie4_5": Stream(output_bias="use_bias"),
+    "granite": BIASED,
+    "olmo2": Stream((), ("post_attention_layernorm", "post_feedforward_layernorm"), output_bias="attention_bias"),
+    "seed_oss": Stream(output_bias="attention_out_bias"),
+    "smollm3": BIASED,
+}
+"""Those whose layers read the residual stream and write to it in a known way."""
 Modules = Mapping[str, torch.nn.Module]
 
 
@@ -29,10 +38,12 @@ class GenericFamily(GatedMlpFamily):
     Attributes:
         biased: whether these maps carry biases.
         heads_stay: why heads cannot go.
+        stream_stays: why dimensions of the residual stream cannot go.
     """
 
     biased: bool = False
     heads_stay: str = ""
+    stream_stays: str = ""
 
     parts = (PART,)
 
@@ -42,7 +53,7 @@ class GenericFamily(GatedMlpFamily):
 
     def obstacle(self, part: str) -> str:
         """Why the units of a part cannot go."""
-        return self.heads_stay if part == attention.PART else ""
+        return {attention.PART: self.heads_stay, residual.UNIT: self.stream_stays}.get(part, "")
 
     def _with_biases(self) -> dict[str, Any]:
         return {} if self.biased else GatedMlpFamily._with_biases(self)  # slots: super() knows another class
@@ -78,10 +89,13 @@ def _generic_family(config_json: str) -> GenericFamily | None:
     shape = attention.attention_shape({key: value for key, value in config.items() if key != attention.LAYER_KV_HEADS})
     across, within = shape.groups[0] * shape.span, shape.groups[0] * shape.head_dim
     sizes = [(outer, across), (outer, within), (outer, within), (across, outer)]
+    stream, stays = STREAMS.get(name), _stream_stays(name, modules)
     heads_biased = _biased(attention.PART, config, modules, sizes)
     if name in WITH_HEADS and heads_biased is not None:
-        return GenericHeadsFamily(name, attention_bias=heads_biased, biased=biased)
-    return GenericFamily(name, biased=biased, heads_stay=_heads_stay(modules, shape.head_dim))
+        return GenericHeadsFamily(name, stream, attention_bias=heads_biased, biased=biased, stream_stays=stays)
+    return GenericFamily(
+        name, stream, biased=biased, heads_stay=_heads_stay(modules, shape.head_dim), stream_stays=stays
+    )
 
 
 def _biased(part: str, config: ModelDict, modules: Modules, sizes: Sequence[tuple[int, int]]) -> bool | None:
@@ -115,6 +129,17 @@ def _heads_stay(modules: Modules, head_dim: int) -> str:
     return (
         f"self_attn must be {known} where a family has no adapter of its own, and that one of {', '.join(WITH_HEADS)}"
     )
+
+
+def _stream_stays(name: str, modules: Modules) -> str:
+    """Why dimensions of the residual stream cannot go."""
+    layer = f"{GenericFamily.layers}.0."
+    kinds = {type(one).__name__ for place, one in modules.items() if place.startswith(layer)}
+    if any("LayerNorm" in kind for kind in kinds):
+        return residual.LAYER_NORM
+    if name in attention.WHOLE:
+        return "its heads share as many values between them as the stream has dimensions"
+    return "it is not known how its layers read the stream"
 
 
 def _are_all(names: list[str], modules: Modules) -> bool:

@@ -201,7 +201,7 @@ FAMILIES: Mapping[str, Rules] = {
     "mistral": LLAMA,
     "mixtral": Rules("llama", (*BOTH, _experts), SILU, PAIRS, rotations=LLAMA.rotations, divides=True),
     "phi3": Rules("phi3", BOTH, SILU, whole_heads=True),
-    "qwen2": Rules("qwen2", BOTH, SILU),
+    "qwen2": Rules("qwen2", BOTH, SILU, whole_heads=True),
     "qwen3": Rules("qwen3", BOTH, SILU | UNBIASED),
     "qwen3_moe": Rules("qwen3moe", (*BOTH, _experts, _expert_width), SILU | UNBIASED | {"norm_topk_prob": True}),
 }

@@ -40,12 +40,14 @@ class SiteModules:
         recorded: inputs whose outputs are the pre-activation signals.
         seen: modules that hand these on within the site's layer, at the places the output map reads, for inputs that do
             not lie there.
+        leaves: what is observed is what leaves ``output``, and not what it is given.
     """
 
     inputs: Mapping[str, str]
     output: str
     recorded: tuple[str, ...]
     seen: Mapping[str, str] = field(default_factory=dict[str, str])
+    leaves: bool = False
 
     def seen_at(self, name: str) -> str:
         """The module whose outputs are a pre-activation signal."""
@@ -116,7 +118,7 @@ class MlpFamily(ABC):
 
     def obstacle(self, part: str) -> str:
         """Why the units of a part cannot go, where there is more to say than that they are not known."""
-        return ""
+        return residual.LAYER_NORM if part == residual.UNIT else ""
 
     def stored(self, site: Site) -> SiteModules:
         """The site's modules, by names in checkpoints."""
@@ -131,7 +133,6 @@ class MlpFamily(ABC):
         neurons = {Site(layer): int(width) for layer, width in enumerate(config.get(LAYER_WIDTHS) or same)}
         found = neurons if PART in parts else {}
         found |= attention.attention_sites(config) if attention.PART in parts else {}
-        found |= {site: width for site, width in residual.sites(config).items() if site.part in parts}
         return dict(sorted(found.items()))
 
     def width(self, config: ModelDict) -> int:
@@ -233,13 +234,20 @@ class MlpFamily(ABC):
         for key in sorted(kept):
             by_part.setdefault(Site.from_key(key).part, []).append(kept[key])
         narrow = dict(config)
-        if streams := by_part.get(residual.PARTS[0]):
-            return residual.narrowed(config, streams[0])
         if widths := by_part.get(PART):
             narrow.pop(LAYER_WIDTHS, None)
             narrow |= {self.width_key: max(widths), **(self._with_biases() if output_bias else {})}
             narrow |= {} if len(set(widths)) == 1 else {LAYER_WIDTHS: widths}
         return attention.with_groups(narrow, groups) if (groups := by_part.get(attention.PART)) else narrow
+
+    def rescaled(self, config: ModelDict, pruned: ModelDict) -> dict[str, residual.Rescaling]:
+        """Tensors that the stock class takes for other values when sizes of the config change, by their stored names.
+
+        Args:
+            config: config of the model operated on.
+            pruned: config of the model that is left.
+        """
+        return {}
 
     @abstractmethod
     def _with_biases(self) -> dict[str, Any]:

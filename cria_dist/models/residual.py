@@ -1,105 +1,131 @@
 """Dimensions of the residual stream as units: one of them runs through the whole model, so all layers keep the same.
 
-Every layer reads the stream twice, in front of its attention and in front of its MLP, each time through a norm. The two
-readings are sites of their own: they are recorded, scored and repaired one by one, and what stays is decided for all.
+Every layer reads the stream twice, for its attention and for its MLP, and writes to it behind each. The two readings
+are sites of their own, and so is what is written where it goes through a norm: they are recorded, scored and repaired
+one by one, and what stays is decided for all.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import AutoConfig
+
+from cria_dist.errors import ConfigError
 from cria_dist.models import attention
 from cria_dist.records import Site
 
 UNIT = "residual"
 """What ``prune.units`` calls them."""
-PARTS = ("residual_attention", "residual_mlp")
+READ = ("residual_attention", "residual_mlp")
 """Parts of a layer that read the stream."""
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose layers read the stream through RMSNorms and write to it without one."""
+WRITTEN = ("residual_attention_written", "residual_mlp_written")
+"""What the same parts write, where it goes through a norm; asked for with them."""
+PARTS = (*READ, *WRITTEN)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """Modules of one site.
+class Stream:
+    """How the layers of a family read the stream and write to it: through RMSNorms, or as it is.
 
     Attributes:
-        norm: what the stream goes through.
-        readers: linear maps with columns of the dimensions.
-        writer: linear map with rows of them.
+        norms: names within a layer of the norms in front of attention and MLP; none where both read as it is.
+        written: names of those behind them; none where both write as they are.
+        gain: what a norm multiplies by beside its weight: Gemma's weights are added to one.
+        rooted: the embedding is multiplied by the root of the hidden size, in the data type of its weights.
+        output_bias: key of config.json that gives attention's output map a bias.
     """
 
-    norm: str
-    readers: tuple[str, ...]
-    writer: str
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    written: tuple[str, ...] = ()
+    gain: float = 0.0
+    rooted: bool = False
+    output_bias: str = ""
+
+    def norm(self, site: Site) -> str:
+        """The norm of a site, by its name within the layer; nothing where the stream is read as it is."""
+        names = self.written if site.part in WRITTEN else self.norms
+        return names[part_of(site)] if names else ""
+
+    def sites(self, config: Mapping[str, Any]) -> dict[Site, int]:
+        """Dimensions of the stream at every place where it is read, or written through a norm."""
+        layers, parts = range(int(config["num_hidden_layers"])), PARTS if self.written else READ
+        return {Site(layer, part): int(config["hidden_size"]) for layer in layers for part in parts}
 
 
-def reading(layers: str, site: Site) -> Reading:
-    """Modules of one site, under Llama's names."""
-    prefix = f"{layers}.{site.layer}"
-    if site.part == PARTS[0]:
-        readers = tuple(f"{prefix}.self_attn.{name}_proj" for name in "qkv")
-        return Reading(f"{prefix}.input_layernorm", readers, f"{prefix}.self_attn.o_proj")
-    readers = tuple(f"{prefix}.mlp.{name}_proj" for name in ("gate", "up"))
-    return Reading(f"{prefix}.post_attention_layernorm", readers, f"{prefix}.mlp.down_proj")
+PLAIN = Stream()
+BIASED = Stream(output_bias="attention_bias")
+GEMMA = Stream(
+    ("input_layernorm", "pre_feedforward_layernorm"),
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    gain=1.0,
+    rooted=True,
+    output_bias="attention_bias",
+)
+LAYER_NORM = "LayerNorm subtracts the mean over all dimensions, so a masked one is not a removed one"
+"""Why other families keep theirs."""
 
 
-def sites(config: Mapping[str, Any]) -> dict[Site, int]:
-    """Dimensions of the stream at every place where it is read."""
-    layers = range(int(config["num_hidden_layers"]))
-    return {Site(layer, part): int(config["hidden_size"]) for layer in layers for part in PARTS}
+@dataclass(frozen=True, slots=True)
+class Rescaling:
+    """What a tensor is multiplied by when the stream has fewer dimensions, where the stock class goes by their number.
 
-
-def coupled(layers: str, site: Site, config: Mapping[str, Any], writer_bias: bool) -> dict[str, int]:
-    """Tensors that carry the dimensions, and where these lie; the embedding goes with the first, the end with the last.
-
-    Args:
-        layers: name of the list of layers.
-        site: one reading.
-        config: the model's config.json.
-        writer_bias: whether the map that writes has a bias.
+    Attributes:
+        before: dimensions of the model operated on.
+        after: dimensions that stay.
+        inverse: divide instead.
+        gain: added before, and taken away after.
     """
-    modules, base = reading(layers, site), layers.rpartition(".")[0]
-    tensors = {f"{modules.norm}.weight": 0, f"{modules.writer}.weight": 0}
-    tensors |= {f"{name}.weight": 1 for name in modules.readers}
-    if writer_bias:
-        tensors[f"{modules.writer}.bias"] = 0
-    if site == Site(0, PARTS[0]):
-        tensors[f"{base}.embed_tokens.weight"] = 1
-    if is_last(site, config):
-        tensors |= {f"{base}.norm.weight": 0, "lm_head.weight": 1}  # a tied head is stored as the embedding
-    return tensors
+
+    before: int
+    after: int
+    inverse: bool = False
+    gain: float = 0.0
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor for the new number; the roots are rounded to its data type, as in the stock class."""
+        roots = torch.tensor([self.before, self.after], dtype=torch.float64).sqrt().to(tensor.dtype).tolist()
+        factor = roots[1] / roots[0] if self.inverse else roots[0] / roots[1]
+        return ((tensor.double() + self.gain) * factor - self.gain).to(tensor.dtype)
 
 
-def norms(layers: str, site: Site, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Weights of the norms that the stream goes through at a site; the final one with the last."""
-    final = (f"{layers.rpartition('.')[0]}.norm.weight",) if is_last(site, config) else ()
-    return (f"{reading(layers, site).norm}.weight", *final)
+def part_of(site: Site) -> int:
+    """0 for a site of attention, 1 for one of the MLP."""
+    return PARTS.index(site.part) % len(READ)
 
 
-def solved(layers: str, site: Site, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Tensors that the repair replaces."""
-    return (*norms(layers, site, config), *(f"{name}.weight" for name in reading(layers, site).readers))
+def with_written(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Parts, and what is written by those of them that read the stream."""
+    return (*parts, *(written for read, written in zip(READ, WRITTEN, strict=True) if read in parts))
 
 
 def is_last(site: Site, config: Mapping[str, Any]) -> bool:
     """Whether nothing but the final norm and the head reads the stream after it."""
-    return site == Site(int(config["num_hidden_layers"]) - 1, PARTS[1])
+    return site == Site(int(config["num_hidden_layers"]) - 1, READ[1])
 
 
-def unit_cost(site: Site, config: Mapping[str, Any], writer_bias: bool, embedding: bool = True) -> int:
-    """Parameters that leave at a site with one dimension; its multiplications per position without ``embedding``."""
-    shape, vocabulary = attention.attention_shape(config), int(config["vocab_size"])
-    maps = shape.unit_weights // shape.hidden * shape.groups[site.layer]
-    cost = maps if site.part == PARTS[0] else 3 * int(config["intermediate_size"])
-    if not embedding:
-        return cost + vocabulary * is_last(site, config)
-    cost += 1 + writer_bias + vocabulary * (site == Site(0, PARTS[0]))
-    return cost + is_last(site, config) * (1 + vocabulary * (not config.get("tie_word_embeddings")))
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding, which config.json need not say."""
+    return bool(AutoConfig.for_model(**config).tie_word_embeddings)
 
 
 def narrowed(config: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """The config of a model with fewer dimensions; heads keep their width, which is no share of theirs any more."""
-    shape = attention.attention_shape(config)
+    """The config of a model with fewer dimensions; heads keep their width, which is no share of theirs any more.
+
+    Raises:
+        ConfigError: the family's config refuses so many.
+    """
+    shape, heads = attention.attention_shape(config), config["num_attention_heads"]
     narrow = {**config, "hidden_size": width, "head_dim": shape.head_dim}
-    return attention.with_groups(narrow, list(shape.groups))
+    found = attention.with_groups(narrow, list(shape.groups))
+    if attention.LAYER_KV_HEADS in found:
+        reason = (
+            "its long rotary factors are as many as the quotient says; prune mlp or attention"
+            if width % heads == 0
+            else f"they must divide it; set prune.multiple to a multiple of {heads}"
+        )
+        raise ConfigError(
+            f"the config of {config['model_type']!r} refuses {width} dimensions and {heads} heads: {reason}"
+        )
+    return found

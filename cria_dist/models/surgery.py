@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
@@ -10,32 +11,11 @@ from transformers import PreTrainedModel
 
 from cria_dist.errors import PlanError
 from cria_dist.models import checkpoint, depth
+from cria_dist.models.experts import assembled, taken_apart
 from cria_dist.models.mlp import MlpFamily, ModelDict
-from cria_dist.models.stacks import ONE_MAP, Stack
+from cria_dist.models.operations import Operations, Selection
 from cria_dist.models.streaming import Piece, WindowReader, in_memory, write_pieces
 from cria_dist.records import Site
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Units that stay.
-
-    Attributes:
-        kept_S: their indices, ascending.
-        units: how many there are.
-        stack: the maps in the tensor.
-        reads: the tensor reads the units, and the repair replaces it by one that reads those kept.
-    """
-
-    kept_S: torch.Tensor
-    units: int
-    stack: Stack = ONE_MAP
-    reads: bool = False
-
-    def of(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        """A tensor with the kept units only, which lie along ``dim``."""
-        rows = self.stack.rows_of(self.kept_S, self.units, tensor.shape[dim])
-        return tensor.index_select(dim, rows.to(tensor.device)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -97,6 +77,15 @@ class Surgery:
                 chosen.setdefault(name, []).append((selection, dim))
         return chosen
 
+    def operations(self) -> Operations:
+        """What becomes of each tensor.
+
+        Raises:
+            PlanError: the plan does not fit, as :meth:`selections` says.
+        """
+        selections = self.selections()  # first: it looks at the plan
+        return Operations(selections, self.replacements(), self.family.rescaled(self.config, self.pruned_config()))
+
     def numbered(self) -> dict[str, tuple[int, ...]]:
         """The kept units that have tensors of their own, by what these begin with before the unit's number."""
         sites = {self.family.numbered(Site.from_key(key)): kept for key, kept in depth.within_layers(self.kept).items()}
@@ -129,16 +118,23 @@ class Surgery:
 
 def pruned_copy(model: PreTrainedModel, surgery: Surgery) -> PreTrainedModel:
     """The pruned model in memory, sharing the tensors that did not change."""
-    selections, replacements = surgery.selections(), surgery.replacements()
-    on_disk = surgery.family.on_disk
-    dense = {name: (on_disk(name), tensor) for name, tensor in model.state_dict().items()}
-    state = {name: _operate(*entry, selections, replacements) for name, entry in dense.items()}
+    operations, family = surgery.operations(), surgery.family
+    state, there = dict[str, torch.Tensor](), set[str]()
+    for name, tensor in model.state_dict().items():
+        pieces = family.pieces(name, tensor.shape)
+        if not (pieces and operations.touches(pieces[0][0])):
+            there.add(family.on_disk(name))
+            state[name] = operations.of(family.on_disk(name), tensor)
+            continue
+        parts = {one: operations.of(one, part) for one, part in taken_apart(pieces, tensor).items()}
+        there |= parts.keys()
+        state[name] = assembled(pieces, parts.__getitem__)
     for name, size in surgery.zero_biases().items():
         state[name] = torch.zeros(size, dtype=model.dtype, device=model.device)
-    there = {name for name, _ in dense.values()}
-    state |= {name: tensor.to(model.device, model.dtype) for name, tensor in replacements.items() if name not in there}
+    new = {name: tensor for name, tensor in operations.replacements.items() if name not in there}
+    state |= {name: tensor.to(model.device, model.dtype) for name, tensor in new.items()}
     pruned = checkpoint.empty_model(surgery.pruned_config())
-    stay = f"{surgery.family.layers}.", surgery.layers
+    stay = f"{family.layers}.", surgery.layers
     pruned.load_state_dict(depth.renumbered(state, *stay), strict=True, assign=True)
     pruned.tie_weights()
     _copy_buffers(depth.renumbered(dict(model.named_buffers()), *stay), pruned)
@@ -153,14 +149,14 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
         target: folder to fill; complete when it holds ``config.json``, which is written last.
         surgery: what to remove and repair.
     """
-    selections, replacements, config = surgery.selections(), surgery.replacements(), surgery.pruned_config()
+    operations, config = surgery.operations(), surgery.pruned_config()
     target.mkdir(parents=True, exist_ok=True)
     files = checkpoint.weight_files(source)
     locations = {name: file for file, names in files.items() for name in names}
     for file, names in files.items():
         if not (target / file).exists():
-            pieces = _pruned_pieces(source / file, names, selections, replacements)
-            new = _additions(file, locations, surgery, replacements, next(iter(pieces.values())).like.dtype)
+            pieces = _pruned_pieces(source / file, names, operations)
+            new = _additions(file, locations, surgery, operations.replacements, next(iter(pieces.values())).like.dtype)
             pieces |= {name: in_memory(tensor) for name, tensor in new.items()}
             for prefix, kept in surgery.numbered().items():
                 pieces = depth.renumbered(pieces, prefix, kept)
@@ -170,32 +166,11 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
     checkpoint.finish(source, target, config)
 
 
-def _operate(
-    name: str,
-    tensor: torch.Tensor,
-    selections: Mapping[str, list[tuple[Selection, int]]],
-    replacements: Mapping[str, torch.Tensor],
-) -> torch.Tensor:
-    replaced = name in replacements
-    if replaced:
-        tensor = replacements[name].to(tensor.device, tensor.dtype)
-    for selection, dim in selections.get(name, ()):
-        if not (replaced and selection.reads):
-            tensor = selection.of(tensor, dim)
-    return tensor
-
-
-def _pruned_pieces(
-    path: Path,
-    names: list[str],
-    selections: Mapping[str, list[tuple[Selection, int]]],
-    replacements: Mapping[str, torch.Tensor],
-) -> dict[str, Piece]:
+def _pruned_pieces(path: Path, names: list[str], operations: Operations) -> dict[str, Piece]:
     reader = WindowReader(path)
 
     def piece(name: str) -> Piece:
-        like = _operate(name, reader.like(name), selections, replacements)
-        return Piece(like, lambda: _operate(name, reader.read(name), selections, replacements))
+        return Piece(operations.of(name, reader.like(name)), lambda: operations.of(name, reader.read(name)))
 
     return {name: piece(name) for name in names}
 
@@ -214,7 +189,13 @@ def _additions(
 
 
 def _copy_buffers(buffers: Mapping[str, torch.Tensor], target: PreTrainedModel) -> None:
-    """Buffers outside the state dict (rotary frequencies) are still on the meta device; take the dense model's."""
+    """Buffers outside the state dict (rotary frequencies) are still on the meta device; take the dense model's.
+
+    What Gemma's embedding is multiplied by goes by the hidden size.
+    """
     for name, buffer in buffers.items():
         parent, _, leaf = name.rpartition(".")
-        target.get_submodule(parent).register_buffer(leaf, buffer, persistent=False)
+        module = target.get_submodule(parent)
+        if leaf == "embed_scale":
+            buffer = torch.full_like(buffer, cast(float, module.scalar_embed_scale))
+        module.register_buffer(leaf, buffer, persistent=False)

@@ -20,6 +20,7 @@ import torch
 from cria_dist import files
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
+from cria_dist.models.attention import attention_shape
 from cria_dist.models.decilm import as_blocks
 from cria_dist.models.family import FAMILIES, family_of
 from cria_dist.models.gguf_file import write_gguf
@@ -73,6 +74,11 @@ def _vllm(config: Mapping[str, Any]) -> str:
     unserved = config["model_type"] not in FAMILIES or config["model_type"] == "distilbert"
     if unserved or family_of(config).takes == "images":
         return "no: it is not known to serve this family"
+    if (
+        config["model_type"] == "qwen2"
+        and attention_shape(config).head_dim * config["num_attention_heads"] != config["hidden_size"]
+    ):
+        return "no: its Qwen2 has heads that make up the hidden size"
     if not layers_differ(config):
         return "by rule: it serves the stock class of this family, which this is"
     try:

@@ -80,6 +80,10 @@ class SiteObserver(Observer):
         self.total_U += signal_TU.sum(dim=0, dtype=torch.float32)
         self._gram.add(self._gather(signal_TU))
 
+    def left_hook(self, module: torch.nn.Module, _args: object, output: torch.Tensor) -> None:
+        """Hook for a module whose outputs are observed as if the next one was given them."""
+        self.output_hook(module, (output,))
+
     def moments(self) -> Sums:
         """Tokens, their sum [U] and the sum of their products with all units [U, N], float32."""
         return self.count, self.total_U.cpu().numpy(), self._gram.rows()

@@ -70,7 +70,11 @@ class ObservedBlock:
                 for name in modules.recorded:
                     hook = observer.input_hook(*family.signal_names(site, name), stack=stack, units=units)
                     self._model.module(modules.seen_at(name)).register_forward_hook(hook)
-                self._model.module(modules.output).register_forward_pre_hook(observer.output_hook)
+                output = self._model.module(modules.output)
+                if modules.leaves:
+                    output.register_forward_hook(observer.left_hook)
+                else:
+                    output.register_forward_pre_hook(observer.output_hook)
                 self._model.module(f"{family.layers}.{site.layer}").register_forward_hook(observer.layer_hook)
                 self.observers[site] = observer
         for site in depth.layer_sites(config)[block.first : block.stop] if wanted.hidden else ():

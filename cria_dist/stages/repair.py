@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -16,8 +17,13 @@ from cria_dist.files import write_bytes
 from cria_dist.maths.repair import least_squares, mean_bias, norm_scale
 from cria_dist.models import checkpoint, residual
 from cria_dist.models.family import family_of
+from cria_dist.models.residual import Stream
+from cria_dist.models.streams import StreamFamily
 from cria_dist.records import Site
 from cria_dist.store.recording import Recording
+
+TOGETHER = 3
+"""Maps of the residual stream that are solved at a time: a layer of experts has hundreds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +91,25 @@ class Repairer:
         return {f"{output}.bias": bias_D.to(stored_DN.dtype)}
 
     def _stream(self, site: Site) -> dict[str, torch.Tensor]:
-        """The maps that read the residual stream without the dimensions that are gone, and the norm before them."""
-        task, norms = self._task, residual.norms(self._family.layers, site, self._config)
-        with checkpoint.open_tensors(task.model_dir) as tensors:
-            read = {name: tensors.read(name) for name in self._family.solved(site, self._config)}
-        gains = {name: read.pop(name) for name in norms}
+        """The maps that read the residual stream without the dimensions that are gone, and the norms on its way."""
+        task, family = self._task, cast(StreamFamily, self._family)
+        norms, stream = family.norms(site, self._config), cast(Stream, family.stream)
+        maps = [name for name in family.solved(site, self._config) if name not in norms]
         moments, kept_S = task.recording.moments(site), np.asarray(task.kept[site.key], dtype=np.int64)
-        scale = norm_scale(gains[norms[0]].double().numpy(), moments, kept_S)
-        rows_DN = torch.cat([*read.values()]).double().numpy()
-        solved_DS = torch.from_numpy(least_squares(rows_DN, moments, kept_S, task.ridge))
-        solved = solved_DS.split([len(one) for one in read.values()])
-        replaced = {name: one.to(read[name].dtype) for name, one in zip(read, solved, strict=True)}
-        return replaced | {name: (gain[kept_S].double() * scale).to(gain.dtype) for name, gain in gains.items()}
+        replaced: dict[str, torch.Tensor] = {}
+        with checkpoint.open_tensors(task.model_dir) as tensors:
+            gains = {name: tensors.read(name) for name in norms}
+            for first in range(0, len(maps), TOGETHER):
+                read = {name: tensors.read(name) for name in maps[first : first + TOGETHER]}
+                rows_DN = torch.cat([*read.values()]).double().numpy()
+                solved_DS = torch.from_numpy(least_squares(rows_DN, moments, kept_S, task.ridge))
+                solved = solved_DS.split([len(one) for one in read.values()])
+                replaced |= {name: one.to(read[name].dtype) for name, one in zip(read, solved, strict=True)}
+        factors = {name: gain.double() + stream.gain for name, gain in gains.items()}
+        own_N = factors[norms[0]].numpy() if stream.norm(site) else np.ones(moments.total_N.size)
+        scale = norm_scale(own_N, moments, kept_S)
+        scaled = {name: factor[kept_S] * scale - stream.gain for name, factor in factors.items()}
+        return replaced | {name: one.to(gains[name].dtype) for name, one in scaled.items()}
 
 
 def signals_of(kept: Sequence[int], span: int) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cria_dist.errors import ConfigError
-from cria_dist.models import checkpoint, location
+from cria_dist.models import checkpoint, location, residual
 from cria_dist.models.family import family_of
 from cria_dist.models.gguf_families import halves_to_pairs
 from cria_dist.models.gguf_file import write_gguf
@@ -87,6 +87,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], str, int]] = {
     "gpt2, untied": ({**GPT2, "tie_word_embeddings": False}, "mlp", 40),
     "mixtral": ({"num_local_experts": 12, "num_experts_per_tok": 2, "tie_word_embeddings": False}, "experts", 11),
     "qwen3_moe": ({**MOE, "norm_topk_prob": True}, "experts", 11),
+    "llama": ({}, "residual", 24),
+    "gemma2, fewer dimensions": ({**GEMMA, "attn_logit_softcapping": 3.0}, "residual", 24),
+    "gemma3_text, fewer dimensions": ({**GEMMA, "tie_word_embeddings": False}, "residual", 24),
+    "mixtral, fewer dimensions": ({"num_local_experts": 4, "num_experts_per_tok": 2}, "residual", 24),
 }  # fmt: skip
 
 
@@ -147,11 +151,11 @@ def test_llama_cpp_computes_the_same_logits(case: str, make_model: Callable[...,
 def test_every_family_computes_the_same_logits_and_tokens(
     case: str, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Without some of its neurons, or some of its experts; 40 tokens are more than its window."""
+    """Without some of its neurons, experts or dimensions; 40 tokens are more than its window."""
     changes, part, units = FAMILIES[case]
     dense = make_model(tmp_path / "dense", case.partition(",")[0], **changes)
     config = checkpoint.read_config(dense)
-    sites = family_of(config).widths(config, (part,))
+    sites = family_of(config).widths(config, residual.READ if part == residual.UNIT else (part,))
     kept = {site.key: tuple(range(width - units, width)) for site, width in sites.items()}
     write_pruned(dense, tmp_path / "pruned", Surgery(family_of(config), config, kept))
     layout = write_gguf(tmp_path / "pruned", tmp_path / "model.gguf")
@@ -249,6 +253,7 @@ def test_cuts_are_told_by_their_steps() -> None:
         ("llama", {"hidden_act": "gelu"}, (48, 48), "computes 'silu'"),
         ("qwen2", {"rope_parameters": LLAMA3}, (48, 48), "'llama3' has no GGUF export"),
         ("phi3", {"pad_token_id": 0, "num_attention_heads": 2}, (48, 48), "heads that make up the hidden size"),
+        ("qwen2", {"num_attention_heads": 2}, (48, 48), "heads that make up the hidden size"),
         ("gemma2", GEMMA | {"query_pre_attn_scalar": 9}, (48,) * 3, "llama.cpp scales attention by 8"),
         ("gemma2", GEMMA | {"final_logit_softcapping": None}, (48,) * 3, "always caps the logits"),
         ("gemma2", GEMMA, (20, 36, 20), "one MLP width and one head count per model for 'gemma2'"),

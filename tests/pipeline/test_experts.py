@@ -180,7 +180,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"method": {"name": "wanda"}}, r"wanda .* does not score experts; choose activation, magnitude"),
     ({}, {"compare": [{"name": "block_influence"}]}, "block_influence does not score experts; choose activation"),
     ({}, {"method": {"name": "spectrum_preserving"}}, "spectrum_preserving knows no model of them"),
-    ({}, {"recover": {"strategy": "fsdp2"}}, r"those of experts are stored one by one"),
 ]
 
 

@@ -1,5 +1,6 @@
 """The verdicts on programs other than transformers: equal, by rule, or no, each with its reason."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,14 @@ def test_a_report_says_it_of_what_the_run_ended_with(finished_run: FinishedRun) 
     assert found["llama.cpp, recovered"].startswith("equal: GGUF of `cria export`, architecture 'llama'")
     assert found["vLLM, recovered"].startswith("by rule: ")
     assert "llama.cpp, pruned" not in found
+
+
+def test_heads_that_do_not_make_up_the_hidden_size(
+    make_model: Callable[..., Path], tokens: Path, tmp_path: Path
+) -> None:
+    found = asked(make_model(tmp_path / "model", "qwen2", num_attention_heads=2), tokens)
+    assert found["llama.cpp"].startswith("no: 2 query heads of 8 values in a model of hidden size 32")
+    assert found["vLLM"] == "no: its Qwen2 has heads that make up the hidden size"
 
 
 def test_a_form_that_computes_something_else_is_no(uneven: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
