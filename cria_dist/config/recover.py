@@ -54,7 +54,7 @@ class RecoverConfig(Section):
     distill: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
     """Weight of learning from the dense model: the loss is (1 - distill) * cross entropy + distill * temperature^2 *
     KL(dense || pruned). Every worker then holds the dense model too, in ``model.dtype``: 4 bytes a parameter, 2 in
-    half precision; at 0 it is not loaded, unless ``distill_hidden`` wants it."""
+    half precision (where: see ``teacher``); at 0 it is not loaded, unless ``distill_hidden`` wants it."""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
     """Both models' logits are divided by this before they are compared."""
     distill_hidden: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -62,6 +62,13 @@ class RecoverConfig(Section):
     the dense one's norm, a mean over tokens and layers. Language models only."""
     distill_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Layers of the dense model behind which hidden states are compared; all that are left if none is named."""
+    teacher: Literal["beside", "cpu"] = "beside"
+    """Where the dense model lies that is learned from: ``beside`` the pruned one, or in ``cpu`` memory, from where each
+    of its maps comes to the GPU to compute (under ``fsdp2`` each layer, every worker its slices) and then leaves it;
+    the output head stays. Without GPUs both are the same. Where it lies changes no result."""
+    teacher_gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs of its own for the dense model, beside each worker's one: it is spread over them, layer by layer. Under
+    ``ddp`` only; classifiers are small and take one."""
 
     shift_pixels: Annotated[int, Field(ge=0)] = 0
     """Every training image is shifted at random by up to so many pixels along each axis; 4 is usual for CIFAR-10."""
@@ -69,8 +76,8 @@ class RecoverConfig(Section):
     """Every other training image, at random, is mirrored left to right."""
 
     def content_part(self) -> dict[str, Any]:
-        """What a result depends on: how the dense model teaches only where it does, and no option that is off."""
-        off = {name for name in OFF if not getattr(self, name)}
+        """What a result depends on: how the dense model teaches only where it does, no option that is off, no place."""
+        off = {"teacher", "teacher_gpus", *(name for name in OFF if not getattr(self, name))}
         off |= {"dtype"} if self.dtype == "float32" else set[str]()
         off |= set[str]() if self.distill else {"distill", "temperature"}
         off |= set[str]() if self.distill_hidden else {"distill_layers"}
@@ -81,3 +88,8 @@ class RecoverConfig(Section):
     def distills(self) -> bool:
         """Whether the dense model teaches."""
         return self.distill > 0 or self.distill_hidden > 0
+
+    @property
+    def gpus_per_worker(self) -> int:
+        """GPUs of a training worker, where workers have any."""
+        return 1 + self.teacher_gpus * bool(self.steps and self.distills)

@@ -1,7 +1,7 @@
 """Training on Ray Train: data-parallel workers around :func:`cria_dist.stages.training.carry_out`."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cria_dist.errors import ConfigError, CriaError, WorkerError
 from cria_dist.stages import training
-from cria_dist.stages.recover import Checkpoint, Place
+from cria_dist.stages.recover import Checkpoint, Place, RecoverTask
 from cria_dist.stages.training import TrainTask, stage_of
 
 MAX_WORKER_FAILURES = 3
@@ -27,7 +27,7 @@ class RayTrainer:
 
     Attributes:
         workers: data-parallel workers.
-        use_gpu: one GPU per worker.
+        use_gpu: one GPU per worker, and those that a recovery's teacher has to itself.
         waits: for a cluster that grows on demand; else one that is too small is an error.
     """
 
@@ -39,15 +39,18 @@ class RayTrainer:
         """Train to the end; the same name and storage continue from the last checkpoint.
 
         Raises:
-            ConfigError: the cluster has fewer CPUs or GPUs than workers.
+            ConfigError: the cluster has fewer CPUs or GPUs than the workers need.
             WorkerError: training failed, or lost its workers too often.
         """
+        each = self.resources(task)
         if not self.waits:
-            self._check_resources()
+            _check_room(self.workers, each)
         trainer = ray.train.torch.TorchTrainer(
             _train_worker,
             train_loop_config={"task": task},
-            scaling_config=ray.train.ScalingConfig(num_workers=self.workers, use_gpu=self.use_gpu),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self.workers, use_gpu=self.use_gpu, resources_per_worker=each
+            ),
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=str(storage.absolute()),
@@ -68,25 +71,40 @@ class RayTrainer:
         except ControllerError as error:
             raise WorkerError(stage_of(task), f"Ray Train gave up: {error}") from error
 
-    def _check_resources(self) -> None:
-        kind = "GPU" if self.use_gpu else "CPU"
-        there = int(ray.cluster_resources().get(kind, 0))
-        if there < self.workers:
-            raise ConfigError(
-                f"recover.workers={self.workers} but the cluster has {there} {kind}s; lower recover.workers"
-            )
+    def resources(self, task: TrainTask) -> dict[str, int]:
+        """What Ray is asked for, for every worker; all of it is on one node."""
+        if not self.use_gpu:
+            return {"CPU": 1}
+        return {"GPU": task.config.gpus_per_worker if isinstance(task, RecoverTask) else 1}
+
+
+def _check_room(workers: int, each: Mapping[str, int]) -> None:
+    """Every worker must find its GPUs, or its CPU, on one node; Ray Train would try for minutes."""
+    ((kind, wanted),) = each.items()
+    nodes = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
+    if sum(there // wanted for there in nodes) >= workers:
+        return
+    many = f" of {wanted} GPUs each (recover.teacher_gpus={wanted - 1})" if wanted > 1 else ""
+    raise ConfigError(
+        f"recover.workers={workers}{many} but the cluster has {sum(nodes)} {kind}s; lower recover.workers"
+    )
 
 
 def _train_worker(config: dict[str, TrainTask]) -> None:
     """The loop of one training worker."""
     ours = ray.train.get_context()
-    place = Place(ours.get_world_rank(), ours.get_world_size())
+    place = Place(ours.get_world_rank(), ours.get_world_size(), _spare_gpus())
     resume = ray.train.get_checkpoint()
     if resume is None:
         training.carry_out(config["task"], place, None, _reporter(place))
         return
     with resume.as_directory() as folder:
         training.carry_out(config["task"], place, Path(folder), _reporter(place))
+
+
+def _spare_gpus() -> tuple[int, ...]:
+    """Numbers of this worker's GPUs but for the first, on which it trains; other workers' are visible to it, too."""
+    return tuple(device.index for device in ray.train.torch.get_devices()[1:])
 
 
 def _reporter(place: Place) -> Checkpoint:

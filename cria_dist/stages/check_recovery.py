@@ -4,7 +4,6 @@ from importlib.util import find_spec
 
 from cria_dist.config import RecoverConfig, RunConfig
 from cria_dist.errors import ConfigError
-from cria_dist.models.experts import PART
 from cria_dist.models.mlp import MlpFamily, ModelDict
 
 
@@ -18,25 +17,16 @@ def check_recovery(config: RunConfig, family: MlpFamily, model_config: ModelDict
         _check_language_options(config.recover, family, model_config)
         _check_augmentation(config.recover, family, model_config)
         _check_adapters(config)
+        _check_teacher(config, family)
 
 
 def _check_language_options(recover: RecoverConfig, family: MlpFamily, model_config: ModelDict) -> None:
     """Classifiers are small, and their examples differ in length: workers would not gather equally often."""
     if family.takes != "tokens" and recover.strategy == "fsdp2":
         raise ConfigError("recover.strategy='fsdp2' is for language models; set recover.strategy='ddp'")
-    if PART in family.parts and recover.strategy == "fsdp2":
-        raise ConfigError(
-            "recover.strategy='fsdp2' takes tensors as they are stored, and those of experts are stored one by one; "
-            "set recover.strategy='ddp'"
-        )
     if family.takes != "tokens" and recover.distill_hidden:
         raise ConfigError(
             f"recover.distill_hidden={recover.distill_hidden:g} is for language models; set recover.distill_hidden=0"
-        )
-    if recover.strategy == "fsdp2" and recover.lora_rank:
-        raise ConfigError(
-            f"recover.lora_rank={recover.lora_rank} does not go with recover.strategy='fsdp2', which shares out whole "
-            "layers; set recover.lora_rank=0"
         )
     beyond = [layer for layer in recover.distill_layers if layer >= int(model_config.get("num_hidden_layers", 0))]
     if recover.distill_hidden and beyond:
@@ -74,3 +64,30 @@ def _check_adapters(config: RunConfig) -> None:
         raise ConfigError(
             f"recover.lora_rank={recover.lora_rank} needs peft, which is not installed; pip install 'cria-dist[lora]'"
         )
+
+
+def _check_teacher(config: RunConfig, family: MlpFamily) -> None:
+    """Where the dense model lies: there must be one to learn from, and such a place."""
+    recover = config.recover
+    if recover.teacher == "cpu" and not recover.distills:
+        raise ConfigError(
+            "recover.teacher='cpu' places the dense model, and nothing is learned from it; raise recover.distill or "
+            "set recover.teacher='beside'"
+        )
+    if recover.teacher_gpus and (reason := _no_gpus_for_a_teacher(config, family)):
+        raise ConfigError(f"recover.teacher_gpus={recover.teacher_gpus}, and {reason}")
+
+
+def _no_gpus_for_a_teacher(config: RunConfig, family: MlpFamily) -> str:
+    """Why the dense model gets no GPUs, or not so many, and what to do."""
+    recover = config.recover
+    reasons = {
+        "nothing is learned from the dense model; raise recover.distill or set it to 0": not recover.distills,
+        "recover.teacher='cpu' is another place for the dense model; set one of them only": recover.teacher == "cpu",
+        "recover.strategy='fsdp2' shares the dense model out over the workers; set it to 0": recover.strategy
+        == "fsdp2",
+        "run.pool='local' trains in this process, on one GPU; set it to 0": config.run.pool == "local",
+        "run.gpus_per_worker=0 gives training workers none; set it to 0": config.run.gpus_per_worker == 0,
+        "a classifier fits one GPU; set it to 1": recover.teacher_gpus > 1 and family.takes != "tokens",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")

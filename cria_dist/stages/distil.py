@@ -3,8 +3,6 @@
 Shapes: S sequences, T tokens, N predicted tokens (S * (T - 1)), C tokens of a chunk, D hidden, V vocabulary.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,46 +11,32 @@ from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
 from cria_dist.errors import ConfigError
-from cria_dist.models import checkpoint
 from cria_dist.stages import recover_loss
 from cria_dist.stages.distil_hidden import Hidden, paired_states
+from cria_dist.stages.distil_teacher import Teacher, load_teacher
 from cria_dist.stages.examples import Data, Examples
 from cria_dist.stages.recover_loss import Objective
-from cria_dist.stages.recover_shards import decode, load_shared
+from cria_dist.stages.recover_shards import decode
+from cria_dist.stages.recover_step import Place
 
 CHUNK_LOGITS = 2**22
 """Logits of one model that exist at a time, 16 MiB in float32 whatever the vocabulary and the sequence."""
 
 
-@dataclass(frozen=True, slots=True)
-class Teacher:
-    """The dense model.
-
-    Attributes:
-        model_dir: its checkpoint.
-        dtype: data type it computes in; the student is trained in float32.
-        layers: its layers that the student has; None where it has all.
-    """
-
-    model_dir: Path
-    dtype: str
-    layers: tuple[int, ...] | None = None
-
-
 def objective_of(
-    config: RecoverConfig, teacher: Teacher | None, matmul: str, labelled: bool = False, shared: bool = False
+    config: RecoverConfig, teacher: Teacher | None, matmul: str, labelled: bool, place: Place
 ) -> Objective:
-    """What a recipe minimises on text or labelled examples; where it distils, the teacher is loaded beside the student.
+    """What a recipe minimises on text or labelled examples; where it distils, the teacher is loaded.
 
     Args:
         config: recipe.
         teacher: the dense model.
         matmul: precision of its float32 matrix products.
         labelled: whether examples have labels.
-        shared: whether the workers share the teacher out, as they do the student.
+        place: this worker.
 
     Raises:
-        ConfigError: the recipe distils and there is no teacher.
+        ConfigError: the recipe distils and there is no teacher, or no room for it.
     """
     if not config.distills:
         return recover_loss.cross_entropy
@@ -61,8 +45,7 @@ def objective_of(
         raise ConfigError(
             f"recover.{name}={getattr(config, name)} needs the dense model and none was given; set it to 0"
         )
-    numerics = checkpoint.Numerics(teacher.dtype, matmul)
-    model = (load_shared if shared else checkpoint.load_model)(teacher.model_dir, numerics)
+    model = load_teacher(teacher, config, matmul, place)
     if labelled:
         return LabelDistillation(model, config.distill, config.temperature)
     pairs = paired_states(teacher.layers, model.config.num_hidden_layers, config) if config.distill_hidden else ()
@@ -172,8 +155,9 @@ def states(model: PreTrainedModel, tokens_ST: torch.Tensor, every: bool) -> Any:
 
 
 def logits(model: PreTrainedModel, hidden_CD: torch.Tensor) -> torch.Tensor:
-    """The head as the stock class applies it, float32 [C, V]; Gemma squashes its logits."""
-    head = model.get_output_embeddings()
+    """The head as the stock class applies it, float32 [C, V]; Cohere and Granite scale its logits, Gemma squashes."""
+    head, config = model.get_output_embeddings(), model.config
     found_CV = head(hidden_CD).float()  # pyright: ignore[reportOptionalCall]  (a causal language model has one)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    found_CV = found_CV * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
     return found_CV if cap is None else cap * torch.tanh(found_CV / cap)

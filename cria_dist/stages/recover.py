@@ -1,9 +1,9 @@
 """Recover: a short fine-tuning of the pruned model. Plain PyTorch; who starts several workers is outside.
 
 Its parts: ``recover_model`` (what learns), ``recover_data`` (order), ``augment`` (images), ``recover_step`` (one
-optimiser step), ``recover_loss``, ``distil`` and ``distil_hidden`` (what is minimised), ``recover_watch`` (when to
-stop), ``recover_state`` (checkpoints), ``recover_shards`` (parameters shared out over the workers), ``recover_log``
-(loss per step).
+optimiser step), ``recover_loss``, ``distil`` and ``distil_hidden`` (what is minimised), ``distil_teacher`` (where the
+dense model lies), ``recover_watch`` (when to stop), ``recover_state`` (checkpoints), ``recover_shards`` and
+``recover_slices`` (parameters shared out over the workers), ``recover_log`` (loss per step).
 """
 
 import math
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +20,8 @@ from cria_dist.config import RecoverConfig
 from cria_dist.errors import NumericError
 from cria_dist.models import checkpoint
 from cria_dist.stages.augment import augmented
-from cria_dist.stages.distil import Teacher, objective_of
+from cria_dist.stages.distil import objective_of
+from cria_dist.stages.distil_teacher import Teacher
 from cria_dist.stages.examples import Data
 from cria_dist.stages.halving import Race
 from cria_dist.stages.recover_data import sequence_order, training_data
@@ -88,9 +90,8 @@ def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint:
         NumericError: the loss is not finite.
     """
     config = task.config
-    shared = config.strategy == "fsdp2" and place.world > 1
-    objective = objective_of(config, task.teacher, task.matmul, task.labels_path is not None, shared)
-    model = student(task, shared)
+    objective = objective_of(config, task.teacher, task.matmul, task.labels_path is not None, place)
+    model = student(task, place.shares(config))
     learner = Learner(model, TrainState(model, config), objective, config, place)
     start = learner.state.load(resume) if resume is not None else 0
     if place.rank == 0:
@@ -121,7 +122,8 @@ def _write(task: RecoverTask, model: PreTrainedModel, place: Place) -> None:
     if is_shared(model):
         write_like(task.model_dir, task.target, merged_state(model), place.rank)
     elif place.rank == 0:
-        checkpoint.write_like(task.model_dir, task.target, merged_state(model))
+        state: dict[str, Any] = {**merged_state(model)}  # tensors: nothing is shared out
+        checkpoint.write_like(task.model_dir, task.target, state)
 
 
 def student(task: RecoverTask, shared: bool = False) -> PreTrainedModel:
@@ -139,6 +141,8 @@ def student(task: RecoverTask, shared: bool = False) -> PreTrainedModel:
     hold_zeros(model, [in_memory[name] for name in task.held])
     if not shared:
         learning.prepare(model)
+    if task.config.lora_rank:
+        learning.adapt(model)
     return model
 
 

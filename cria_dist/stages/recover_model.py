@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
@@ -11,6 +13,7 @@ from cria_dist.errors import ConfigError
 from cria_dist.models.experts import taken_apart
 from cria_dist.models.family import family_of
 from cria_dist.models.macs import MAPS
+from cria_dist.stages.recover_slices import Part, add, expert_maps
 
 ALPHA = 2.0
 """Weight of an adapter, over its rank's part of the initial scale: that of the peft library's ``lora_alpha = 2 r``."""
@@ -31,11 +34,9 @@ class Learning:
     seed: int
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Freeze what does not learn; put adapters in front of what learns through them."""
+        """Freeze what does not learn; the model may have no weights yet."""
         for parameter in self._frozen(model):
             parameter.requires_grad_(False)
-        if self.config.lora_rank:
-            self._adapt(model)
         if self.config.checkpoint_activations:
             keep_few_activations(model)
 
@@ -53,8 +54,10 @@ class Learning:
             stored = stored_names(model)
             yield from (parameter for name, parameter in model.named_parameters() if stored[name] not in trained)
 
-    def _adapt(self, model: PreTrainedModel) -> None:
+    def adapt(self, model: PreTrainedModel) -> None:
         """LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) on every linear map whose weight would learn.
+
+        Where the weights are shared out, the adapters are not: every worker has them whole, for they are small.
 
         Raises:
             ConfigError: peft is not installed.
@@ -100,16 +103,22 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
     return {name: family.on_disk(name) for name in model.state_dict()}
 
 
-def merged_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def merged_state(model: PreTrainedModel) -> dict[str, Part]:
     """The tensors of a checkpoint, by their names in it: adapters are added to the weights they stand in front of."""
     for module in model.modules():
         if hasattr(module, "lora_A"):
-            module.merge()  # pyright: ignore[reportCallIssue]  (peft's, which has no types)
-    family, state = family_of(model.config.to_dict()), dict[str, torch.Tensor]()
+            adapted: Any = module  # peft's, which has no types
+            add(adapted.get_base_layer().weight.detach(), adapted.get_delta_weight(*adapted.active_adapters).detach())
+    family, state = family_of(model.config.to_dict()), dict[str, Part]()
     for key, tensor in model.state_dict().items():
         if ".lora_" in key:
             continue
         name = key.replace(".base_layer.", ".")
         pieces = family.pieces(name, tensor.shape)
-        state |= taken_apart(pieces, tensor) if pieces else {family.on_disk(name): tensor}
+        if not pieces:
+            state[family.on_disk(name)] = tensor
+        elif isinstance(tensor, DTensor):
+            state |= expert_maps(pieces, tensor)
+        else:
+            state |= taken_apart(pieces, tensor)
     return state

@@ -20,8 +20,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from transformers import PreTrainedModel
 
 from cria_dist.errors import DataError
@@ -29,6 +35,7 @@ from cria_dist.models import checkpoint
 from cria_dist.models.blocks import skeleton
 from cria_dist.models.family import family_of
 from cria_dist.models.streaming import Piece, WindowReader, file_order, write_pieces
+from cria_dist.stages.recover_slices import Part, fill, fill_experts, is_gathered, whole
 
 M_MMAP_THRESHOLD = -3
 """Of ``malloc.h``."""
@@ -39,6 +46,7 @@ def load_shared(
     numerics: checkpoint.Numerics,
     prepare: Callable[[PreTrainedModel], None] = lambda model: None,
     mixed: bool = False,
+    offloaded: bool = False,
 ) -> PreTrainedModel:
     """Load a language model, every worker its slices; all of them call this. No worker ever holds the whole model.
 
@@ -48,6 +56,7 @@ def load_shared(
         prepare: told the model while it has no weights: what learns, and what is computed again.
         mixed: gather the layers in bfloat16, which ``torch.autocast`` would make of their matrices anyway; what lies
             around the layers and the stream between them stay as they are, as they do under ``autocast``.
+        offloaded: keep the slices in main memory, from where a layer is gathered; without a GPU they are there anyway.
 
     Raises:
         DataError: the checkpoint lacks a tensor.
@@ -60,14 +69,16 @@ def load_shared(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if mixed else None
+    place = CPUOffloadPolicy(pin_memory=device == "cuda") if offloaded else OffloadPolicy()
     for layer in model.get_submodule(family_of(model.config.to_dict()).layers).children():
-        fully_shard(layer, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
+        fully_shard(layer, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy(), offload_policy=place)
     # embedding and head stay whole until the backward pass is through: distillation calls the head by itself
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=place)
+    buffers = {name: buffer.to(device, copy=True) for name, buffer in model.named_buffers()}
+    model.to_empty(device="cpu" if offloaded else device)
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, buffer)
     _read_slices(model, directory)
     model.decode = MethodType(_decode, model)  # pyright: ignore[reportArgumentType]  (a method, not a module)
     register_fsdp_forward_method(model, "decode")
@@ -101,60 +112,44 @@ def is_shared(model: torch.nn.Module) -> bool:
 
 
 def _read_slices(model: PreTrainedModel, directory: Path) -> None:
-    family = family_of(model.config.to_dict())
-    parameters = {family.on_disk(name): parameter for name, parameter in model.named_parameters()}
+    family, parameters = family_of(model.config.to_dict()), dict[str, torch.Tensor]()
+    for name, parameter in model.named_parameters():
+        if pieces := family.pieces(name, parameter.shape):
+            fill_experts(parameter.detach(), pieces, directory)
+        else:
+            parameters[family.on_disk(name)] = parameter.detach()
     for file, names in checkpoint.weight_files(directory).items():
         reader = WindowReader(directory / file)
         for name in parameters.keys() & names:
-            fill(parameters.pop(name).detach(), reader.read(name))
+            fill(parameters.pop(name), reader.read(name))
         reader.close()
     if parameters:
         raise DataError(f"checkpoint {directory} has no tensor {min(parameters)!r}; is config.json of another model?")
 
 
-def fill(target: torch.Tensor, values: torch.Tensor) -> None:
-    """Give a tensor its values, of which this worker may need a slice only (``values`` may be a view of a file)."""
-    if not isinstance(target, DTensor):
-        target.copy_(values)
-        return
-    mesh = target.device_mesh
-    size = -(-len(values) // mesh.size())  # slices are equally long but for the last ones, which may be empty
-    start = min(mesh.get_local_rank() * size, len(values))
-    target.to_local().copy_(values[start : start + size])
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in main memory; one that is shared out is gathered, and all workers call this."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def write_together(
-    path: Path, tensors: Mapping[str, torch.Tensor], rank: int, dtypes: Mapping[str, torch.dtype] | None = None
-) -> None:
+def write_together(path: Path, tensors: Mapping[str, Part], rank: int, dtypes: Mapping[str, torch.dtype]) -> None:
     """Write a safetensors file, tensor by tensor; all workers call this, and the first one writes.
 
     Args:
         path: the file.
         tensors: by name, shared out or not.
         rank: of this worker.
-        dtypes: data types in the file; default those of the tensors.
+        dtypes: data types in the file.
     """
-    stored = dtypes or {name: tensor.dtype for name, tensor in tensors.items()}
 
     def make(name: str) -> torch.Tensor:
-        return whole(tensors[name]).to(stored[name])
+        return whole(tensors[name]).to(dtypes[name])
 
     if rank == 0:
-        likes = {name: torch.empty(tensors[name].shape, dtype=kind, device="meta") for name, kind in stored.items()}
+        likes = {name: torch.empty(tensors[name].shape, dtype=kind, device="meta") for name, kind in dtypes.items()}
         write_pieces(path, {name: Piece(like, functools.partial(make, name)) for name, like in likes.items()})
         return
-    for name in file_order(stored):  # in which the first worker gathers
-        if isinstance(tensors[name], DTensor):
+    for name in file_order(dtypes):  # in which the first worker gathers
+        if is_gathered(tensors[name]):
             make(name)
 
 
-def write_like(source: Path, target: Path, state: Mapping[str, torch.Tensor], rank: int) -> None:
+def write_like(source: Path, target: Path, state: Mapping[str, Part], rank: int) -> None:
     """What :func:`cria_dist.models.checkpoint.write_like` does, for tensors that are shared out; all call this."""
     if rank == 0:
         target.mkdir(parents=True, exist_ok=True)

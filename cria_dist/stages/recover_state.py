@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
-from cria_dist.stages.recover_shards import fill, write_together
+from cria_dist.stages.recover_shards import write_together
+from cria_dist.stages.recover_slices import fill
 
 WEIGHT_DECAY = 0.01
 STATE = "state.safetensors"
@@ -61,7 +62,7 @@ class TrainState:
         if self.best is not None:
             tensors |= {f"best.{name}": values for name, values in self.best.items()}
             tensors["watched"] = torch.tensor([self.best_loss, self.waited], dtype=torch.float64)
-        write_together(folder / STATE, tensors, rank)
+        write_together(folder / STATE, tensors, rank, {name: tensor.dtype for name, tensor in tensors.items()})
 
     def load(self, folder: Path) -> int:
         """Restore what :meth:`save` wrote with any number of workers; returns the step."""

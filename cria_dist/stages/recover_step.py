@@ -22,10 +22,21 @@ MICRO_SEQUENCES = 1  # logits and activations of one sequence at a time
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Who this worker is among the data-parallel workers."""
+    """Who this worker is among the data-parallel workers.
+
+    Attributes:
+        rank: its number.
+        world: how many there are.
+        spare: numbers of the GPUs it has beside the one it trains on.
+    """
 
     rank: int = 0
     world: int = 1
+    spare: tuple[int, ...] = ()
+
+    def shares(self, config: RecoverConfig) -> bool:
+        """Whether the workers share parameters out."""
+        return config.strategy == "fsdp2" and self.world > 1
 
 
 def learning_rate(step: int, config: RecoverConfig) -> float:

@@ -1,5 +1,6 @@
 """Distillation: what it computes, what it leaves alone, and how little memory it takes."""
 
+import itertools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from cria_dist.stages.distil import Distillation
 from cria_dist.stages.recover_loss import Objective, cross_entropy
 
 LANGUAGE_FAMILIES = [name for name, family in FAMILIES.items() if family.takes == "tokens"]
+GENERIC_FAMILIES = ["cohere", "ernie4_5", "granite", "helium", "olmo2", "seed_oss", "smollm3", "stablelm"]
 VOCABULARY = 300
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
@@ -42,10 +44,11 @@ def tokens_ST() -> torch.Tensor:
 
 @pytest.fixture
 def make_pair(make_model: Callable[..., Path], tmp_path: Path) -> Callable[[str, bool], Pair]:
-    """Of a family, with its head tied to the embedding or not; Gemma squashes its logits."""
+    """Of a family, with its head tied to the embedding or not; some squash their logits, some scale them."""
 
     def make(model_type: str, tied: bool) -> Pair:
         squashed = {"final_logit_softcapping": 2.0} if model_type.startswith("gemma") else {}
+        squashed |= {"logits_scaling": 8.0} if model_type == "granite" else {}
         return load_pair(make_model(tmp_path / "model", model_type, tie_word_embeddings=tied, **squashed))
 
     return make
@@ -66,8 +69,13 @@ def by_definition(pair: Pair, tokens_ST: torch.Tensor, weight: float, temperatur
     return (1 - weight) * -logs_N.mean() + weight * temperature**2 * divergence_N.mean()
 
 
-@pytest.mark.parametrize("model_type", LANGUAGE_FAMILIES)
-@pytest.mark.parametrize(("chunk", "tied"), [(1, True), (7, False), (1000, True)])
+@pytest.mark.parametrize(
+    ("model_type", "chunk", "tied"),
+    [
+        *itertools.product(LANGUAGE_FAMILIES, (1, 1000), (True,)),
+        *itertools.product([*LANGUAGE_FAMILIES, *GENERIC_FAMILIES], (7,), (False,)),
+    ],
+)
 def test_loss_and_gradients_are_those_of_the_definition(
     model_type: str,
     chunk: int,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from cria_dist.config import RecoverConfig, RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
-from cria_dist.models.family import FAMILIES, family_of
+from cria_dist.models.family import family_of
 from cria_dist.stages import recover
 from cria_dist.stages.check_recovery import check_recovery
 from cria_dist.stages.halving import Race
@@ -28,9 +28,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all": {"train": "all", "patience": 5, "batch_sequences": 6},
     "distilled": {"train": "all", "distill": 0.5, "distill_hidden": 0.3},
     "half": {"dtype": "bfloat16", "distill": 0.5},
+    "adapted": {"lora_rank": 3, "distill": 0.5, "checkpoint_activations": True, "patience": 5},
+    "experts": {"train": "all", "distill": 0.5},
     "sparse": {"train": "mlp", "checkpoint_activations": True},
 }
-"""``all``: nine sequences are trained on and one is held out, so that one of two workers has none to look at."""
+"""``all``: nine sequences are trained on and one is held out, so that one of two workers has none to look at.
+``experts``: of three, one worker has two; what makes up one tensor in memory lies in several files.
+"""
 WORLD = 2
 WITH_ZEROS = "model.layers.0.mlp.down_proj.weight"
 
@@ -103,11 +107,19 @@ def trainings(pico: Path, make_model: Callable[..., Path], tmp_path_factory: pyt
     tensors[WITH_ZEROS][::2, 1::3] = 0
     save_file(tensors, sparse / checkpoint.WEIGHTS, metadata={"format": "pt"})
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 256, (10, 16)).astype(np.int32))
-    them = Trainings(folder, {"tied": pico, "untied": untied, "sparse": sparse, "teacher": sparse})
+    mixture = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+    experts = make_model(folder / "experts-model", "qwen3_moe", shard_size="20KB", **mixture)
+    them = Trainings(folder, {"tied": pico, "untied": untied, "sparse": sparse, "teacher": sparse, "experts": experts})
     for recipe in RECIPES:
         them.alone(them.task(recipe))
     jobs: list[Job] = [(them.task(recipe, "-2"), None) for recipe in RECIPES]
-    jobs += [(them.task("all", "-1-2"), them.state("all")), (them.task("all", "-2-2"), them.state("all-2"))]
+    for recipe in ("all", "adapted"):
+        jobs += [
+            (them.task(recipe, "-1-2"), them.state(recipe)),
+            (them.task(recipe, "-2-2"), them.state(f"{recipe}-2")),
+        ]
+    offloaded = them.task("distilled", "-2-cpu")
+    jobs.append((replace(offloaded, config=offloaded.config.model_copy(update={"teacher": "cpu"})), None))
     assert Race(folder / "rungs", "better", 3, 2).goes_on(3, 0.0)
     behind = replace(them.task("all", "-2-race"), race=Race(folder / "rungs", "ours", 3, 2))
     them.together([*jobs, (behind, None)])
@@ -130,13 +142,21 @@ def test_two_workers_that_share_the_model_equal_one_that_has_it(recipe: str, tra
         assert torch.allclose(mine[name].float(), theirs[name].float(), atol=1e-2 if recipe == "half" else 3e-4), name
 
 
-def test_two_workers_go_on_where_one_or_two_were(trainings: Trainings) -> None:
+def test_the_place_of_a_shared_teacher_changes_nothing(trainings: Trainings) -> None:
+    beside, offloaded = "distilled-2", "distilled-2-cpu"
+    assert trainings.losses(offloaded) == trainings.losses(beside)
+    expected, found = (trainings.weights(trainings.tasks[name]) for name in (beside, offloaded))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("recipe", ["all", "adapted"])
+def test_two_workers_go_on_where_one_or_two_were(recipe: str, trainings: Trainings) -> None:
     """To the bit where two were."""
-    whole = trainings.losses("all-2")
+    whole = trainings.losses(f"{recipe}-2")
     rest = {step: loss for step, loss in whole.items() if step > 3}
-    assert trainings.losses("all-2-2") == rest
-    np.testing.assert_allclose(list(trainings.losses("all-1-2").values()), list(rest.values()), atol=1e-5)
-    expected, found = (trainings.weights(trainings.tasks[name]) for name in ("all-2", "all-2-2"))
+    assert trainings.losses(f"{recipe}-2-2") == rest
+    np.testing.assert_allclose(list(trainings.losses(f"{recipe}-1-2").values()), list(rest.values()), atol=1e-5)
+    expected, found = (trainings.weights(trainings.tasks[name]) for name in (f"{recipe}-2", f"{recipe}-2-2"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
@@ -148,10 +168,11 @@ def test_two_workers_stop_together_when_they_fall_behind(trainings: Trainings) -
     assert not trainings.tasks["all-2-race"].target.exists()
 
 
-def test_one_worker_goes_on_where_two_were(trainings: Trainings) -> None:
-    trainings.alone(trainings.task("all", "-2-1"), trainings.state("all-2"))
-    rest = {step: loss for step, loss in trainings.losses("all").items() if step > 3}
-    found = trainings.losses("all-2-1")
+@pytest.mark.parametrize("recipe", ["all", "adapted"])
+def test_one_worker_goes_on_where_two_were(recipe: str, trainings: Trainings) -> None:
+    trainings.alone(trainings.task(recipe, "-2-1"), trainings.state(f"{recipe}-2"))
+    rest = {step: loss for step, loss in trainings.losses(recipe).items() if step > 3}
+    found = trainings.losses(f"{recipe}-2-1")
     assert found.keys() == rest.keys()
     np.testing.assert_allclose(list(found.values()), list(rest.values()), atol=1e-5)
 
@@ -176,7 +197,6 @@ def test_zeros_stay_zero(trainings: Trainings) -> None:
 @pytest.mark.parametrize(
     ("recover", "message"),
     [
-        ({"lora_rank": 2}, r"recover\.lora_rank=2 does not go with recover\.strategy='fsdp2'"),
         ({"distill_hidden": 1.0, "distill_layers": [1, 2]}, r"distill_layers names layer 2 and the model has 2"),
     ],
 )
@@ -195,12 +215,6 @@ def test_classifiers_are_refused(
     config = run_config(tmp_path, recover=option)
     with pytest.raises(ConfigError, match=r"is for language models; set recover\."):
         check_recovery(config, family_of(model_config), model_config)
-
-
-def test_experts_are_refused(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:
-    config = run_config(tmp_path, recover={"strategy": "fsdp2"})
-    with pytest.raises(ConfigError, match=r"those of experts are stored one by one; set recover\.strategy='ddp'"):
-        check_recovery(config, FAMILIES["qwen3_moe"], {"num_hidden_layers": 2})
 
 
 def test_how_many_share_is_no_part_of_a_result(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -186,7 +186,9 @@ def test_adapters_are_added_to_maps_as_they_are_stored(gpt2: Path) -> None:
     tokens = torch.arange(20).reshape(1, 20)
     model, plain = (checkpoint.load_model(gpt2, Numerics()) for _ in range(2))
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    Learning(RecoverConfig(lora_rank=2, train="mlp"), ("mlp",), 0).prepare(model)
+    learning = Learning(RecoverConfig(lora_rank=2, train="mlp"), ("mlp",), 0)
+    learning.prepare(model)
+    learning.adapt(model)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
