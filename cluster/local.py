@@ -2,8 +2,8 @@
 
     python cluster/local.py [--nodes 3] [--cpus 1] [--gpus 0]
 
-Prints what to type in another terminal, and runs until Ctrl-C. The nodes are processes of their own; nothing listens
-but on loopback, and nothing is done without the token. GPUs are only counted: --gpus makes some up. Remove a node by
+Prints what to type in another terminal, and runs until Ctrl-C. The nodes are processes of their own; they listen on
+loopback only, and do nothing without the token. GPUs are only counted: --gpus makes some up. Remove a node by
 ending its raylet to see a run survive it.
 """
 
@@ -32,6 +32,7 @@ def main() -> None:
         token.write_text(secrets.token_hex(32), encoding="ascii")
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would go before the file
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # nodes are 127.0.0.1, and listen there
         os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # jobs say `python`
         from ray.cluster_utils import Cluster  # reads the environment when it is imported
 

@@ -22,4 +22,6 @@ RUN pip install --no-cache-dir --constraint constraints.txt '.[gpu-cu12]' && pyt
 ENV RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \
     HF_HUB_OFFLINE=1
-USER ray
+# ray by number: of a name Kubernetes cannot tell that it is not root's
+RUN test "$(id --user ray)" = 1000
+USER 1000

@@ -31,7 +31,9 @@ STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260k"
 def pytest_configure() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAY_AUTH_MODE"] = "token"  # Ray reads it when it is imported, by whatever test module comes first
+    # Ray reads these when it is imported, by whatever test module comes first
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     # as in Ray workers; set here and not by a fixture: those of the session, which compute runs, come before it
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
     os.environ["MKL_CBWR"] = "AUTO,STRICT"

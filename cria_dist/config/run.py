@@ -21,7 +21,7 @@ class EvaluateConfig(Section):
     """Sequences per forward pass."""
     latency_repeats: Annotated[int, Field(ge=0)] = 5
     """Timed repeats per variant, alternating between variants; 0 switches latency off."""
-    prompts: tuple[str, ...] = (
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = (
         "Question: What is the capital of France?\nAnswer:",
         "In Python, a list comprehension is",
         "The water boiled, and she",

@@ -14,6 +14,9 @@ FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.t
 def locate(path: str, revision: str | None, weights: bool = True) -> Path:
     """The local directory of a checkpoint: built in, local, or downloaded from the hub.
 
+    On a cluster the driver looks, and workers are given the directory: it must lie where all nodes see it. So must the
+    cache of what is downloaded (``HF_HOME``) or built in (``CRIA_CACHE``).
+
     Args:
         path: ``model.path`` of the configuration.
         revision: hub revision.

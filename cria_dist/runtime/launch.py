@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from cria_dist import locks
 from cria_dist.config import RunConfig
 from cria_dist.pipeline import Context, prune
 from cria_dist.pool import LocalPool
@@ -15,6 +16,7 @@ from cria_dist.records import Report, Stage
 from cria_dist.report.progress import Progress
 from cria_dist.runtime.pool import RayPool
 from cria_dist.runtime.session import gpus_per_worker, grows, ray_session
+from cria_dist.runtime.shared import check_shared
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import training
 from cria_dist.stages.job import Job
@@ -37,14 +39,15 @@ def run(config: RunConfig, until: Stage = "evaluate") -> tuple[Job, Report | Non
         CriaError: see :mod:`cria_dist.errors`.
     """
     job = prepare(config, until)
-    progress = Progress(job.folder)
-    progress.note(f"run folder {job.folder}")
-    state = "failed"
-    try:
-        report = _with_pool(job, progress, until)
-        state = "done"
-    finally:
-        progress.close(state)
+    with locks.alone(job.folder):
+        progress = Progress(job.folder)
+        progress.note(f"run folder {job.folder}")
+        state = "failed"
+        try:
+            report = _with_pool(job, progress, until)
+            state = "done"
+        finally:
+            progress.close(state)
     return job, report
 
 
@@ -54,6 +57,7 @@ def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
         context = Context(job, LocalPool(), train_here, progress)
         return prune(context, command_line(), until)
     with ray_session(job.config) as workers:
+        check_shared(job.model_dir, job.folder)
         gpus = gpus_per_worker(job.config)
         pool = RayPool(workers, gpus)
         progress.note(f"workers: {pool.description}")

@@ -11,6 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
 
 from cria_dist.config import RunConfig
@@ -32,7 +33,7 @@ def ray_session(config: RunConfig) -> Generator[int]:
     """Connect to Ray, yield the number of workers to use, and disconnect.
 
     Inside ``ray job submit`` (or with ``run.address``) the surrounding cluster is used. Otherwise a private cluster is
-    started: dashboard on loopback, token authentication with a fresh token in a file only this user can read.
+    started: it listens on loopback, and asks for a fresh token that is in a file only this user can read.
 
     Raises:
         ConfigError: the cluster cannot be reached or has fewer CPUs than one worker needs.
@@ -72,8 +73,14 @@ def _start_private(config: RunConfig) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        runtime_env={"env_vars": WORKER_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": _loopback()}},
     )
+
+
+def _loopback() -> str:
+    """Name of the interface that only this machine reaches; gloo would listen where the host's name leads to."""
+    interfaces = psutil.net_if_addrs()
+    return next(name for name, ours in interfaces.items() if any(one.address == "127.0.0.1" for one in ours))
 
 
 def _join(address: str) -> None:
@@ -89,10 +96,21 @@ def _join(address: str) -> None:
 
 
 def gpus_per_worker(config: RunConfig) -> float:
-    """GPUs of each worker: what the run wants, else one where the cluster has any."""
+    """GPUs of each worker: what the run wants, else one where the cluster has any.
+
+    Raises:
+        ConfigError: it has none, and the teacher of a recovery is to have some of its own.
+    """
     if config.run.gpus_per_worker is not None:
         return config.run.gpus_per_worker
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    if ray.cluster_resources().get("GPU", 0):
+        return 1.0
+    if config.recover.gpus_per_worker > 1:
+        raise ConfigError(
+            f"recover.teacher_gpus={config.recover.teacher_gpus} and the Ray cluster has no GPU; set it to 0, or "
+            "run.gpus_per_worker=1 where the cluster grows"
+        )
+    return 0.0
 
 
 def grows(config: RunConfig) -> bool:

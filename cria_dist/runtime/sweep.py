@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import ray
 import torch
 
+from cria_dist import locks
 from cria_dist.errors import ConfigError, WorkerError
 from cria_dist.pipeline import Context, prune
 from cria_dist.pool import LocalPool
@@ -20,6 +21,7 @@ from cria_dist.runtime import trials
 from cria_dist.runtime.launch import train_here
 from cria_dist.runtime.pool import RayPool
 from cria_dist.runtime.session import gpus_per_worker, grows, ray_session
+from cria_dist.runtime.shared import check_shared
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import sweep_results
 from cria_dist.stages.prepare import prepare
@@ -59,9 +61,10 @@ def run(sweep: Sweep) -> list[Row]:
         ConfigError: a trial cannot be carried out, or the cluster is too small for so many at the same time.
         WorkerError: trials failed; the others are finished.
     """
-    for trial in sweep.trials:
-        prepare(trial.config)
-    with ray_session(sweep.base) as workers:
+    jobs = [prepare(trial.config) for trial in sweep.trials]
+    with locks.alone(sweep.folder), ray_session(sweep.base) as workers:
+        for model_dir, folder in {(job.model_dir, job.folder) for job in jobs}:
+            check_shared(model_dir, folder)
         return carry_out(sweep, workers)
 
 
@@ -119,7 +122,11 @@ def _check_room(sweep: Sweep, kind: str) -> None:
     """Training workers of all trials at a time must find a place; Ray Train would wait for it."""
     if sweep.base.run.pool == "local" or grows(sweep.base):
         return
-    needed = sweep.concurrency * max(trial.config.training_workers for trial in sweep.trials)
+    each = [
+        trial.config.training_workers * (trial.config.recover.gpus_per_worker if kind == "GPU" else 1)
+        for trial in sweep.trials
+    ]
+    needed = sweep.concurrency * max(each)
     there = int(ray.cluster_resources().get(kind, 0))
     if needed > there:
         raise ConfigError(

@@ -4,18 +4,17 @@ Tune keeps pickles in its folder. They are read again when a sweep goes on, so t
 and one that others could have written to is refused.
 """
 
-import fcntl
 import math
 import os
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from cria_dist import files
+from cria_dist import files, locks
 from cria_dist.errors import ConfigError, CriaError
 from cria_dist.pipeline import Context
 from cria_dist.pipeline.scoring import prune_and_score
@@ -97,26 +96,19 @@ def _results(
 def _run(trial: Trial, make_context: MakeContext, outcomes: Path) -> dict[str, Any]:
     """One trial in its process. An error of ours would come again, so Tune is not to try again."""
     path = outcomes / f"{trial.folder.name}.json"
-    with _alone(path.with_suffix(".lock")):
+    # a search may choose a trial twice
+    with locks.in_turn(path.with_suffix(".lock")):
         if path.is_file() and "error" not in (there := files.read_json(path)):
             return there  # done, but the driver died before Tune wrote that down, or chosen again by a search
         return _try(trial, make_context, path)
 
 
-@contextmanager
-def _alone(path: Path) -> Generator[None]:
-    """Wait for another process that is at the same trial, which a search may choose twice."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # the system lets go of it when the process dies
-        yield
-
-
 def _try(trial: Trial, make_context: MakeContext, path: Path) -> dict[str, Any]:
     try:
-        context = make_context(trial)
-        evaluations = prune_and_score(context)
-        context.pool.release()
+        with locks.alone(trial.folder):
+            context = make_context(trial)
+            evaluations = prune_and_score(context)
+            context.pool.release()
         outcome: dict[str, Any] = {"loss": loss(evaluations[-1]), "parameters": evaluations[-1].parameters}
     except CriaError as error:
         outcome = {"error": str(error)}

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cria_dist.runtime.submit import connect
@@ -31,6 +32,10 @@ def test_it_says_how_to_use_it_and_leaves_nothing_behind(
             token, address = Path(exports["RAY_AUTH_TOKEN_PATH"]), exports["RAY_API_SERVER_ADDRESS"]
             assert address.startswith("http://127.0.0.1:")
             assert token.stat().st_mode & 0o777 == 0o600
+            started = psutil.Process(process.pid).children(recursive=True)
+            ports = [one.laddr for each in started for one in each.net_connections("tcp") if one.status == "LISTEN"]
+            assert len(ports) > 6
+            assert {address.ip.removeprefix("::ffff:") for address in ports} == {"127.0.0.1"}
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(f"{address}/api/jobs/", timeout=30)
             monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)

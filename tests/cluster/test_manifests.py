@@ -13,7 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from cria_dist.config_file import parse
+from cria_dist import config_file
+from cria_dist.runtime import session
 
 SCHEMAS = Path(__file__).parent / "schemas"
 RAY_FILES = ("rayjob.yaml", "rayjob-kueue.yaml", "raycluster.yaml")
@@ -109,7 +110,8 @@ def test_clusters_ask_for_a_token_and_run_without_privileges(
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
     for group, pod in pods(document):
-        assert pod["securityContext"]["runAsNonRoot"] is True, group
+        context = {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000}
+        assert pod["securityContext"] == {**context, "seccompProfile": {"type": "RuntimeDefault"}}, group
         [container] = pod["containers"]
         assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
         assert "env" not in container, "credentials come from the workload's identity"
@@ -146,16 +148,34 @@ def test_versions_storage_and_shared_memory(
         assert (mounts["runs"], mounts["shm"]) == ("/mnt/cria", "/dev/shm")
 
 
+@pytest.mark.parametrize("name", ["rayjob.yaml", "rayjob-kueue.yaml"])
+def test_a_run_waits_for_the_nodes_it_may_have(
+    load: Callable[[str], list[dict[str, Any]]], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A retry finds a fresh cluster of one GPU, and may have a recovery of several workers left to do."""
+    [document], [_, settings] = load(name), load("storage.yaml")
+    path = tmp_path / "run.toml"
+    path.write_text(settings["data"]["run.toml"])
+    overrides = document["spec"]["entrypoint"].partition(" /etc/cria/run.toml")[2].split()
+    config = config_file.load(str(path), overrides)
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    most = sum(group["maxReplicas"] for group in document["spec"]["rayClusterSpec"]["workerGroupSpecs"])
+    assert session.grows(config)
+    assert session.gpus_per_worker(config) == 1
+    assert config.training_workers <= session._workers(config) <= most
+    assert session._workers(config) > 1
+
+
 def test_jobs_run_the_configuration_beside_them_and_try_again(load: Callable[[str], list[dict[str, Any]]]) -> None:
     claim, map_ = load("storage.yaml")
-    config = parse(tomllib.loads(map_["data"]["run.toml"]))
+    config = config_file.parse(tomllib.loads(map_["data"]["run.toml"]))
     assert config.run.root == "/mnt/cria/runs"
-    for name in ("rayjob.yaml", "rayjob-kueue.yaml"):
+    for name, overrides in (("rayjob.yaml", ""), ("rayjob-kueue.yaml", " run.workers=4")):
         [document] = load(name)
         spec = document["spec"]
         assert spec["backoffLimit"] == 3
         assert spec["shutdownAfterJobFinishes"] is True
-        assert spec["entrypoint"] == "python -m cria_dist prune /etc/cria/run.toml"
+        assert spec["entrypoint"] == f"python -m cria_dist prune /etc/cria/run.toml{overrides}"
         volumes = {one["name"]: one for one in dict(pods(document))["head"]["volumes"]}
         assert volumes["run"]["configMap"]["name"] == map_["metadata"]["name"]
         assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]

@@ -55,3 +55,16 @@ def test_a_cluster_of_unknown_size(
     monkeypatch.setattr(session.ray, "cluster_resources", lambda: cluster)
     with pytest.raises(ConfigError, match=message):
         session._workers(run_config(tmp_path, run=run))
+
+
+def test_a_teacher_with_gpus_of_its_own_wants_some(
+    run_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path, recover={"distill": 0.5, "teacher_gpus": 2})
+    for cluster, gpus in (({"CPU": 4.0, "GPU": 1.0}, 1.0), ({"CPU": 4.0}, None)):
+        monkeypatch.setattr(session.ray, "cluster_resources", lambda cluster=cluster: cluster)
+        if gpus:
+            assert session.gpus_per_worker(config) == gpus
+            continue
+        with pytest.raises(ConfigError, match=r"recover\.teacher_gpus=2 and the Ray cluster has no GPU; set it to 0"):
+            session.gpus_per_worker(config)
