@@ -66,7 +66,8 @@ def analyse_sites(context: Context, name: str, folder: Path, recording: Recordin
     if isinstance(method, WeightMethod):
         return weights.sparsify_sites(context, name, folder, model, method)
     job = context.job
-    digest = files.digest("analyse", recording.digest, model.digest, method.model_dump(mode="json"))
+    labels = job.label_digests if method.needs & {"gradients", "gates"} else []
+    digest = files.digest("analyse", recording.digest, model.digest, method.model_dump(mode="json"), *labels)
     sites = sorted(job.widths)
     missing = [site for site in sites if not site_scores.has_scores(folder, site, digest)]
     if missing and site_scores.adopt(folder, job.folder.parent, missing, digest):

@@ -62,8 +62,12 @@ class Job:
     @property
     def training_digests(self) -> list[str]:
         """Digests of what is trained on: the calibration tokens, or examples and labels."""
-        labels = [self.digests["calibration_labels"]] if self._is_labelled else []
-        return [self.calibration_digest, *labels]
+        return [self.calibration_digest, *self.label_digests]
+
+    @property
+    def label_digests(self) -> list[str]:
+        """Digest of the labels of a classifier's calibration examples, which a recording does not depend on."""
+        return [self.digests["calibration_labels"]] if self._is_labelled else []
 
     @property
     def test_path(self) -> Path:

@@ -1,6 +1,6 @@
 """What a sweep found: which trials no other beats in size and quality, and the best of each budget."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cria_dist.maths import pareto
+from cria_dist.methods import METHODS
 from cria_dist.records import Evaluation, Report
 from cria_dist.report import grids, text
 from cria_dist.report.grids import Grid
@@ -55,10 +56,20 @@ def row(label: str, command: str, folder: Path, report: Report, stopped: str | N
     before = grids.variant(report, "repaired") or grids.variant(report, "pruned")
     if dense is None or end is None or before is None:
         raise TypeError("a report of a whole run has a dense and a pruned model")
-    prune = report.config["prune"]
-    budget = f"{text.percent(prune['ratio'])} of {prune['budget']}"
     checkpoint = folder / ("recovered" if end.label == "recovered" else "pruned")
-    return Row(label, command, checkpoint, budget, dense, before, end, stopped)
+    return Row(label, command, checkpoint, _budget(report.config), dense, before, end, stopped)
+
+
+def _budget(config: Mapping[str, Any]) -> str:
+    """What trials must have in common for the best of them to be the one that loses least.
+
+    A share of the units is no size by itself: a fifth of the neurons is more than a fifth of the heads.
+    """
+    prune, name = config["prune"], config["method"]["name"]
+    unit = next(one.unit for one in METHODS if one.model_fields["name"].default == name)
+    kinds = [unit] if unit != "mlp" else prune["units"]
+    of = f" ({', '.join(kinds)})" if prune["budget"] == "units" and kinds != ["mlp"] else ""
+    return f"{100 * prune['ratio']:.6g} % of {prune['budget']}{of}"
 
 
 def loss(one: Evaluation) -> float:

@@ -20,7 +20,7 @@ from cria_dist.models.mlp import Takes
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,8 @@ class InputFiles:
 
 def cut_array(array: np.ndarray) -> Cut:
     """Tokens or labels in memory, ready to be written."""
-    return Cut(files.digest(array.tobytes()), functools.partial(_save, array))
+    kind = [array.dtype.str, list(array.shape)]  # the same text in sequences of another length has the same bytes
+    return Cut(files.digest(kind, array.tobytes()), functools.partial(_save, array))
 
 
 def _save(array: np.ndarray, path: Path) -> None:

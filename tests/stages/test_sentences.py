@@ -35,6 +35,7 @@ from cria_dist.stages.job import Job
 from cria_dist.stages.prepare import prepare
 from cria_dist.store.recording import MANIFEST, Recording
 from cria_dist.store.saliences import Saliences
+from cria_dist.store.site_scores import read_scores
 from cria_dist.store.storage import LocalStorage
 
 MakeConfig = Callable[..., RunConfig]
@@ -344,6 +345,22 @@ def test_gradients_are_those_of_the_labels(make_config: MakeConfig, tmp_path: Pa
     parts = [(layer.intermediate.dense.weight, 0), (layer.intermediate.dense.bias, 0), (layer.output.dense.weight, 1)]
     expected_N = sum((one * one.grad).abs().double().movedim(dim, 0).reshape(48, -1).sum(1) for one, dim in parts)
     np.testing.assert_allclose(saliences.mean(Site(1)), expected_N.detach().numpy(), rtol=1e-3, atol=1e-6)
+
+
+def test_scores_of_other_labels_are_not_taken_over(
+    make_config: MakeConfig, make_context: MakeContext, corpus: Path, tmp_path: Path
+) -> None:
+    """Of the same sentences: the recording is taken over, what learned from the labels is not."""
+    turned = tmp_path / "turned.tsv"
+    head, *lines = (corpus / "train.tsv").read_text().splitlines()
+    turned.write_text("\n".join([head, *(f"{one[:-1]}{1 - int(one[-1])}" for one in lines)]) + "\n")
+    taylor = {"name": "taylor", "sequences": SENTENCES, "shard_sequences": 13}
+    found: list[np.ndarray] = []
+    for source in (corpus / "train.tsv", turned):
+        data = {"calibration": {"source": str(source), "field": "sentence", "label": "label"}}
+        job = carry_out(make_context, make_config(method=taylor, data=data), "analyse")
+        found.append(read_scores(job.folder / "round-00", Site(0)).keep_N)
+    assert not np.array_equal(*found)
 
 
 def test_the_kind_of_file_makes_no_difference(make_config: MakeConfig, corpus: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,8 +100,23 @@ def test_a_row_is_what_the_report_says(finished_run) -> None:
     found = row("x", "cria prune", finished_run.folder, report)
     by_label = {one.label: one for one in report.variants}
     assert (found.dense, found.before, found.after) == tuple(by_label[n] for n in ("dense", "repaired", "recovered"))
-    assert found.budget == "25.0 % of units"
+    assert found.budget == "25 % of units"
     assert (found.checkpoint / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget"),
+    [
+        ({"prune": {"ratio": 0.2004}}, "20.04 % of units"),
+        ({"prune": {"units": ["attention"]}}, "25 % of units (attention)"),
+        ({"method": {"name": "block_influence"}}, "25 % of units (layer)"),
+        ({"method": {"name": "block_influence"}, "prune": {"budget": "parameters"}}, "25 % of parameters"),
+    ],
+)
+def test_trials_of_different_sizes_do_not_compete(changes: dict[str, Any], budget: str, finished_run) -> None:
+    report = report_from_json(finished_run.folder / "report.json")
+    config = {**report.config, **changes, "prune": {**report.config["prune"], **changes.get("prune", {})}}
+    assert row("x", "cria prune", finished_run.folder, replace(report, config=config)).budget == budget
 
 
 def test_files_of_a_sweep_and_links_that_move_with_the_folder(rows: list[Row], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cria_dist import files
@@ -54,6 +55,17 @@ def test_a_second_start_reads_no_text(own: tuple[RunConfig, Path, Path], cuts: l
     assert again.digests == first.digests
     assert contents(again) == before
     assert sorted(before) == ["calibration.npy", "test.npy", "tokens.json"]
+
+
+def test_sequences_of_another_length_are_another_text(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    """Their bytes are the same; recordings and measurements of neighbouring runs are told apart by these digests."""
+    long, short = (
+        prepare(run_config(tmp_path, data={"calibration_sequences": count, "sequence_length": length}))
+        for count, length in ((12, 32), (24, 16))
+    )
+    same = np.load(long.calibration_path).tobytes() == np.load(short.calibration_path).tobytes()
+    assert same
+    assert long.calibration_digest != short.calibration_digest
 
 
 def test_a_text_that_is_gone_does_not_stop_a_run_that_has_its_tokens(
