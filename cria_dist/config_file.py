@@ -90,15 +90,22 @@ def _value(text: str) -> Any:
 
 
 def _complaint(detail: dict[str, Any]) -> str:
-    location = [str(part) for part in detail["loc"] if part not in METHOD_TAGS]
-    key = ".".join(location) or "configuration"
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; known keys here: {', '.join(_known_keys(location[:-1]))}"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] == "missing":
+    named = [str(part) for part in detail["loc"]]
+    location = [part for part in named if part not in METHODS_BY_NAME]
+    key, kind, value = ".".join(location) or "configuration", detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key!r}; known keys here: {', '.join(sorted(_known_keys(named[:-1])))}"
+    if kind == "missing":
         return f"missing key {key!r}; set it in the file or as {key}=VALUE"
-    remedy = REMEDIES.get(detail["type"], "correct it in the file or as an override")
-    return f"{key}={json.dumps(detail['input'], default=str)}: {message}; {remedy}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    remedy = REMEDIES.get(kind, "correct it in the file or as an override")
+    if kind in ("model_type", "model_attributes_type"):
+        message, remedy = "it is a section", f"set its keys, as in {_section_example(location)}"
+    elif kind == "tuple_type":
+        values = value.split(",") if isinstance(value, str) and " " not in value else [value]
+        items = [{"name": one} for one in values] if key == "compare" else values
+        message, remedy = "it is a list", f"write {as_override(key, items)}"
+    return f"{key}={json.dumps(value, default=str)}: {message}; {remedy}"
 
 
 REMEDIES = {
@@ -106,22 +113,33 @@ REMEDIES = {
     "less_than_equal": "lower it",
     "greater_than": "raise it",
     "greater_than_equal": "raise it",
+    "string_too_short": "write some or leave it out",
+    "union_tag_not_found": "name the method, as in method.name=wanda",
+    "union_tag_invalid": "choose one of them",
 }
 """What to do about a value out of bounds, by pydantic's type of error."""
 
-METHOD_TAGS = frozenset(str(method.model_fields["name"].default) for method in METHODS)
-"""pydantic puts the tag of the union into the location of an error; users never wrote it."""
+METHODS_BY_NAME: dict[str, type[BaseModel]] = {str(one.model_fields["name"].default): one for one in METHODS}
+"""pydantic puts the tag of the union, a method's name, into the location of an error; users never wrote it there."""
+
+
+def _section_example(location: list[str]) -> str:
+    if location[0] in ("method", "compare"):
+        return "method.name=wanda" if location[0] == "method" else 'compare=[{name = "wanda"}]'
+    key = ".".join(location)
+    return f"{key}.{next(iter(_known_keys(location)), 'KEY')}=VALUE"
 
 
 def _known_keys(parents: list[str]) -> list[str]:
+    """Keys of a section, in the order of their definition; of a method those of the one that is named."""
     section: type[BaseModel] = RunConfig
     for parent in parents:
         if parent == "sweep":
-            return sorted(SweepConfig.model_fields)
+            return list(SweepConfig.model_fields)
         if parent in ("method", "compare"):
-            return sorted({field for method in METHODS for field in method.model_fields})
+            return [key for name in parents if name in METHODS_BY_NAME for key in METHODS_BY_NAME[name].model_fields]
         annotation = section.model_fields[parent].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         section = annotation
-    return sorted(section.model_fields)
+    return list(section.model_fields)

@@ -1,8 +1,10 @@
 """The command: one line for a user's mistake, verbs that read a finished run, and a quick --help."""
 
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,21 @@ def test_status_of_a_finished_run(finished_run: Any) -> None:
     found = json.loads(result.stdout)
     assert found["state"] == "done"
     assert found["stage"] == "verify"
+    assert re.fullmatch(rf"{finished_run.folder.name}: done, verify .*, last heard of .* ago\n", result.stderr)
+
+
+def test_status_says_how_old_it_is(tmp_path: Path) -> None:
+    """A killed run says that it is running for ever."""
+    state = {"stage": "record", "done": 3, "total": 12, "unit": "shards", "state": "running"}
+    (tmp_path / "progress.json").write_text(json.dumps({**state, "updated": time.time() - 7200}))
+    assert call("status", str(tmp_path)).stderr == (
+        f"{tmp_path.name}: running, record 3/12 shards, last heard of 2 h 00 min ago; if it was killed, the same "
+        "command goes on from there\n"
+    )
+
+
+def test_status_of_another_folder_asks_for_a_run(tmp_path: Path) -> None:
+    assert "give a run folder" in call("status", str(tmp_path)).stderr
 
 
 @pytest.mark.parametrize("verb", ["status", "report"])
@@ -172,7 +189,12 @@ def test_report_draws_again_from_the_folder(finished_run: Any, tmp_path: Path) -
 
 def test_report_of_a_run_without_plan_is_one_line(finished_run: Any, tmp_path: Path) -> None:
     copy = finished_run.copy(tmp_path)
-    (copy.folder / "pruned" / "plan.json").unlink()
+    plan = copy.folder / "pruned" / "plan.json"
+    for damage in ("", "{", "[]", '{"schema": 1}'):
+        plan.write_text(damage)
+        result = call("report", str(copy.folder))
+        assert (result.exit_code, "plan.json is damaged" in result.stderr) == (2, True)
+    plan.unlink()
     result = call("report", str(copy.folder))
     assert result.exit_code == 2
     assert "plan.json" in result.stderr

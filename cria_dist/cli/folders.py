@@ -1,8 +1,11 @@
 """The verbs that start nothing: what a run would take, how far one is, what is in its folder."""
 
 import json
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -10,6 +13,7 @@ from rich.table import Table
 
 from cria_dist import config_file
 from cria_dist.cli.frame import ConfigPath, Folder, Overrides, console, guarded
+from cria_dist.errors import ConfigError
 
 Probe = Annotated[bool, typer.Option("--probe", help="Record a part of the model in this process and time it.")]
 
@@ -30,14 +34,29 @@ def estimate(config: ConfigPath, overrides: Overrides = None, probe: Probe = Fal
 
 
 def status(folder: Folder) -> None:
-    """How far a run is, from its folder alone (no cluster needed)."""
+    """How far a run is, from its folder alone: in words on standard error, as JSON on standard output."""
 
     def action() -> None:
         from cria_dist.files import read_json
 
-        Console().print_json(json.dumps(read_json(folder / "progress.json")))
+        path = folder / "progress.json"
+        if not path.is_file():
+            raise ConfigError(f"{path} cannot be read (no such file); give a run folder")
+        found = read_json(path)
+        sys.stderr.write(f"{folder.absolute().name}: {_in_words(found, time.time())}\n")
+        Console().print_json(json.dumps(found))
 
     raise typer.Exit(guarded(action))
+
+
+def _in_words(progress: Mapping[str, Any], now: float) -> str:
+    """What ``progress.json`` says; of a run that was killed it goes on to say that it is running."""
+    from cria_dist.report import text
+
+    total = "" if progress["total"] is None else f"/{progress['total']}"
+    where = f", {progress['stage']} {progress['done']}{total} {progress['unit']}" if progress["stage"] else ""
+    said = f"{progress['state']}{where}, last heard of {text.seconds(max(now - progress['updated'], 0))} ago"
+    return said if progress["state"] != "running" else f"{said}; if it was killed, the same command goes on from there"
 
 
 def report(folder: Folder) -> None:

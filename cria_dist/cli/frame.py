@@ -28,7 +28,7 @@ def guarded(action: Callable[[], int | None]) -> int:
     except (ConfigError, DataError, PlanError) as error:
         return complain(error)
     except CriaError as error:
-        sys.stderr.write(f"failed: {error}\nRun the same command again to continue from what is finished.\n")
+        sys.stderr.write(f"failed: {error}\nWhat is finished is kept: the same command goes on from there.\n")
         return EXIT_FAILURE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to continue from what is finished\n")

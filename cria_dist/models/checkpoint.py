@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -49,30 +50,59 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The checkpoint's config.json, with shared names; of a DeciLM checkpoint, what it says of the Llama that it is.
 
     Raises:
-        ConfigError: it is not JSON.
+        ConfigError: it is not JSON, or does not say of what model it is.
     """
-    try:
-        return shared_names(from_blocks(json.loads((directory / "config.json").read_text(encoding="utf-8"))))
-    except ValueError as error:
-        raise ConfigError(
-            f"{directory / 'config.json'} is damaged ({error}); take a whole copy of the model"
-        ) from error
+    config = _read_object(directory / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise _damaged(directory / "config.json", "it names no model_type")
+    return shared_names(from_blocks(config))
 
 
 def weight_files(directory: Path) -> dict[str, list[str]]:
     """Tensor names per safetensors file, in file order.
 
     Raises:
-        ConfigError: the index names a file that is not beside it; results are written under the same names.
+        ConfigError: the index names a file that is not beside it (results are written under the same names), or it or
+            the one file is damaged.
     """
     if (directory / INDEX).is_file():
-        index: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        index = _read_object(directory / INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise _damaged(directory / INDEX, "it has no weight_map")
         files: dict[str, list[str]] = {}
         for name, file in sorted(index.items()):
-            files.setdefault(safe_name(file), []).append(name)
+            files.setdefault(safe_name(str(file)), []).append(name)
         return dict(sorted(files.items()))
-    with safe_open(directory / WEIGHTS, framework="pt") as handle:
+    with opened(directory / WEIGHTS) as handle:
         return {WEIGHTS: list(handle.keys())}
+
+
+@contextmanager
+def opened(path: Path) -> Generator[Any]:
+    """A weight file; nothing but its header is read before it is asked for.
+
+    Raises:
+        ConfigError: it is damaged, or lacks a tensor that is asked for.
+    """
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    if not isinstance(found, dict):
+        raise _damaged(path, f"it holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _damaged(path: Path, reason: object) -> ConfigError:
+    return ConfigError(f"{path} is damaged ({reason}); take a whole copy of the model")
 
 
 def fingerprint(directory: Path) -> str:
@@ -134,8 +164,16 @@ def stock_class(config: ModelDict) -> Any:
 
 
 def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
-    """The architecture on the meta device: shapes without memory."""
-    parsed = AutoConfig.for_model(**config)
+    """The architecture on the meta device: shapes without memory.
+
+    Raises:
+        ConfigError: a value of the config is of another type than the architecture's.
+    """
+    try:
+        parsed = AutoConfig.for_model(**config)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the model's config.json is damaged ({reason}); take a whole copy of the model") from error
     with torch.device("meta"):
         model = stock_class(config).from_config(parsed, trust_remote_code=False)
         resize_layers(model, family_of(config), config)
@@ -155,17 +193,22 @@ class Numerics:
     matmul: str = "highest"
 
 
-def load_model(directory: Path, numerics: Numerics) -> PreTrainedModel:
-    """Load a checkpoint for inference, through the stock class, onto the GPU if this process has one.
+def load_model(directory: Path, numerics: Numerics, devices: Mapping[str, int | str] | None = None) -> PreTrainedModel:
+    """Load a checkpoint for inference, through the stock class.
 
     Sets this process's matrix-product precision.
+
+    Args:
+        directory: checkpoint.
+        numerics: how it computes.
+        devices: where its modules go, by name; by default all onto the GPU if this process has one.
     """
     transformers_logging.disable_progress_bar()  # the run has its own
     torch.set_float32_matmul_precision(numerics.matmul)
     return from_pretrained(
         directory,
         dtype=getattr(torch, numerics.dtype),
-        device_map={"": "cuda" if torch.cuda.is_available() else "cpu"},
+        device_map=devices or {"": "cuda" if torch.cuda.is_available() else "cpu"},
     )
 
 
@@ -234,7 +277,7 @@ def write_like(source: Path, target: Path, state: Mapping[str, torch.Tensor]) ->
     """
     target.mkdir(parents=True, exist_ok=True)
     for file, names in weight_files(source).items():
-        with safe_open(source / file, framework="pt") as handle:
+        with opened(source / file) as handle:
             dtypes = {name: handle.get_tensor(name).dtype for name in names}
         tensors = {name: state[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
         write_weights(target / file, tensors)

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
-
 from cria_dist.models import checkpoint
 
 
@@ -23,10 +21,14 @@ class Stored:
 
 
 def stored_tensors(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by name, without reading any."""
+    """Every tensor of a checkpoint by name, without reading any.
+
+    Raises:
+        ConfigError: a file is damaged, or lacks a tensor that the index says it has.
+    """
     found: dict[str, Stored] = {}
     for file, names in checkpoint.weight_files(directory).items():
-        with safe_open(directory / file, framework="pt") as handle:
+        with checkpoint.opened(directory / file) as handle:
             for name in names:
                 part = handle.get_slice(name)
                 found[name] = Stored(tuple(part.get_shape()), part.get_dtype())

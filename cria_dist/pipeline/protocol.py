@@ -22,7 +22,8 @@ def _of_text(context: Context) -> tuple[str, ...]:
     return (
         f"Perplexity: exp of the token mean of the negative log likelihood over {data.test_sequences} non-overlapping "
         f"sequences of {data.sequence_length} tokens of {data.test.source} (part: {data.test.part}), each without "
-        f"context before it, computed in {config.model.dtype} (matrix products: {config.model.matmul}).",
+        f"context or a beginning-of-text token (BOS) before it, computed in {config.model.dtype} (matrix products: "
+        f"{config.model.matmul}).",
         f"Calibration: {data.calibration_sequences} sequences of {data.sequence_length} tokens of "
         f"{data.calibration.source} (part: {data.calibration.part}); the recovery trains on the same text, the dense "
         "model is not fine-tuned on it.",

@@ -1,5 +1,7 @@
 """Rules between what a model takes (text, sentences, images) and what a run gives it, and does with it."""
 
+import logging
+
 import numpy as np
 
 from cria_dist.config import CorpusConfig, RunConfig
@@ -14,6 +16,10 @@ from cria_dist.stages.labels import class_names
 from cria_dist.stages.sample import SentenceSample
 from cria_dist.stages.token_files import corpora_of
 
+log = logging.getLogger(__name__)
+
+LEARNED_POSITIONS = ("gpt2", "opt")
+"""Decoders with a vector for every position, and none for those beyond."""
 FORMATS: dict[Takes, tuple[str, ...]] = {"tokens": ("text", "chat"), "sentences": ("text",), "images": ("images",)}
 
 
@@ -34,6 +40,27 @@ def check_takes(config: RunConfig, family: MlpFamily, model_config: ModelDict, u
             )
     if family.takes != "tokens":
         _check_classifier(config, family, model_config, until)
+    else:
+        _check_positions(config, family.model_type, model_config, until)
+
+
+def _check_positions(config: RunConfig, model_type: str, model_config: ModelDict, until: Stage) -> None:
+    """Sequences must not be longer than the model knows; where it computes on beyond that, a word of warning."""
+    data, recover, evaluate = config.data, config.recover, config.evaluate
+    lengths = {"data.sequence_length": data.sequence_length}
+    if until in ("recover", "evaluate") and recover.steps:
+        lengths["recover.sequence_length"] = min(
+            recover.sequence_length, data.sequence_length * data.calibration_sequences
+        )
+    if until == "evaluate" and evaluate.prompts:
+        lengths["evaluate.new_tokens"] = evaluate.new_tokens
+    longest = int(model_config.get("max_position_embeddings") or max(lengths.values()))
+    for key, length in lengths.items():
+        if length > longest:
+            found = f"{key}={length} is more than the {longest} positions the model has (max_position_embeddings)"
+            if model_type in LEARNED_POSITIONS:
+                raise ConfigError(f"{found}; lower it")
+            log.warning("%s: it computes on, but what it was not trained on is no measure of it", found)
 
 
 def _check_format(name: str, corpus: CorpusConfig, family: MlpFamily) -> None:

@@ -11,8 +11,11 @@ from cria_dist.methods import Method
 from cria_dist.methods.gates import GateMethod
 from cria_dist.models import attention, checkpoint, residual
 from cria_dist.models.mlp import MlpFamily
+from cria_dist.models.shapes import stored_tensors
+from cria_dist.models.streaming import DTYPES
 from cria_dist.records import Site
 from cria_dist.stages.check_experts import check_experts, expert_tensors
+from cria_dist.stages.check_residual import check_residual
 from cria_dist.stages.estimate import RECORDED, bytes_of_run
 from cria_dist.stages.footprint import in_units
 
@@ -77,9 +80,15 @@ def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str,
             f"prune.units={list(units)}: of model_type {family.model_type!r}, {', '.join(family.parts)} can be pruned, "
             f"{unknown[0]} cannot{reason}; leave it out"
         )
+    beside = [one.title for one in config.compare if one.unit != "mlp"]
+    if config.prune.budget == "latency" and beside:
+        raise ConfigError(
+            f"prune.budget=latency counts what units inside layers cost, which {beside[0]} does not remove; leave it "
+            "out of compare, or set prune.budget=parameters"
+        )
     check_experts(config, family, model_config)
     if residual.UNIT in units:
-        _check_residual(config, model_config)
+        check_residual(config, family, model_config)
     other = [one.title for one in methods if not one.scores_groups]
     if other and units not in (("mlp",), (residual.UNIT,)):
         raise ConfigError(f"{other[0]} does not know prune.units={list(units)}; set it to mlp, or take another method")
@@ -100,32 +109,46 @@ def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str,
         )
 
 
-def _check_residual(config: RunConfig, model_config: Mapping[str, Any]) -> None:
-    if model_config["model_type"] not in residual.FAMILIES or attention.LAYER_KV_HEADS in model_config:
-        raise ConfigError(
-            f"prune.units=['residual'] is for {', '.join(residual.FAMILIES)} with layers alike, and model_type is "
-            f"{model_config['model_type']!r}; prune mlp or attention"
-        )
-    other = [one.title for one in (config.method, *config.compare) if not one.scores_residual]
-    if other:
-        raise ConfigError(
-            f"{other[0]} scores what one layer computes, and prune.units=['residual'] runs through all; take "
-            "method.name=activation or random"
-        )
-
-
 def check_tensors(model_dir: Path, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
-    """The checkpoint must have what is to be pruned, under the names of the stock class."""
-    there = {name for names in checkpoint.weight_files(model_dir).values() for name in names}
+    """The checkpoint must have what is to be pruned, under the names of the stock class, in types that are written."""
+    there = stored_tensors(model_dir)
+    odd = [f"{name} is {tensor.dtype}" for name, tensor in there.items() if tensor.dtype not in DTYPES.values()]
+    if odd:
+        raise ConfigError(
+            f"{model_dir}: {odd[0]}, and checkpoints are written in {', '.join(DTYPES.values())}; give the checkpoint "
+            "in float32, bfloat16 or float16"
+        )
+    _check_sizes(model_dir, family, model_config)
     wanted = [name for site in family.widths(model_config) for name in family.coupled_tensors(site, model_config)]
+    shapes = {family.on_disk(name): one.shape for name, one in checkpoint.empty_model(model_config).named_parameters()}
+    for name in sorted(shapes.keys() & there.keys()):
+        if tuple(shapes[name]) != tuple(there[name].shape):
+            raise ConfigError(
+                f"{model_dir}: {name} has shape {tuple(there[name].shape)}, config.json says {tuple(shapes[name])}; is "
+                "config.json of another model?"
+            )
     if family.takes != "tokens":  # transformers would make up the head that a checkpoint of another task lacks
-        wanted += [family.on_disk(name) for name, _ in checkpoint.empty_model(model_config).named_parameters()]
+        wanted += shapes
     wanted += expert_tensors(family, model_config)
     missing = [name for name in wanted if name not in there]
     if missing:
         raise ConfigError(
             f"{model_dir} has no tensor {missing[0]!r}; give a checkpoint that save_pretrained wrote of the model with "
             f"its head ({checkpoint.stock_class(model_config).__name__}) and of this config.json"
+        )
+
+
+def _check_sizes(model_dir: Path, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
+    """The sizes that are counted with must be in config.json; ``transformers`` would take its defaults."""
+    heads = ("num_attention_heads",) if attention.PART in family.parts else ()
+    missing = [key for key in ("hidden_size", "num_hidden_layers", *heads) if key not in model_config]
+    try:
+        family.widths(model_config)
+    except KeyError as error:
+        missing.append(error.args[0])
+    if missing:
+        raise ConfigError(
+            f"{model_dir / 'config.json'} is damaged (it has no {missing[0]!r}); take a whole copy of the model"
         )
 
 

@@ -6,6 +6,7 @@ are in the run's folder, and are found from the plan's place in it.
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -35,7 +36,7 @@ def apply_plan(plan_path: Path, base: str, target: Path, replaced: Path | None =
 
     Raises:
         ConfigError: the target is there already or cannot be written, or there is no such plan or model.
-        PlanError: the plan is of another model.
+        PlanError: the plan is of another model, or the tensors are of another plan.
         DataError: replacement tensors are missing or damaged.
     """
     if target.exists():
@@ -46,6 +47,8 @@ def apply_plan(plan_path: Path, base: str, target: Path, replaced: Path | None =
     if there != plan.parameters[0]:
         raise PlanError(f"the plan is of a model with {plan.parameters[0]:,} parameters, {base} has {there:,}")
     folder = replaced or replaced_beside(plan_path)
+    if folder is not None:
+        _check_same_plan(folder, plan)
     biased = folder is not None and _has_biases(folder, plan)
     temporary = target.with_name(f".{target.name}.tmp.{os.getpid()}")
     try:
@@ -71,7 +74,7 @@ def read_plan(path: Path) -> PruningPlan:
         return PruningPlan.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the plan.json of a checkpoint") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error!r}); take the one beside the weights") from error
 
 
@@ -82,6 +85,13 @@ def replaced_beside(plan_path: Path) -> Path | None:
     """
     last = sorted(plan_path.absolute().parent.parent.glob("round-*"))[-1:]
     return next((one / name for one in last for name in FOLDERS if (one / name).is_dir()), None)
+
+
+def _check_same_plan(folder: Path, plan: PruningPlan) -> None:
+    """A round keeps the tensors beside the plan they were made for; a folder that was moved away says nothing of it."""
+    beside = folder.absolute().parent / checkpoint.PLAN
+    if beside.is_file() and replace(read_plan(beside), digest=plan.digest) != plan:
+        raise PlanError(f"{folder} is of another plan ({beside}); give the folder of the run that made this one")
 
 
 def _has_biases(folder: Path, plan: PruningPlan) -> bool:

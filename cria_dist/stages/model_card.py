@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
@@ -36,11 +37,13 @@ class Base:
         path: as the configuration names it.
         metadata: front matter of its card, empty without one.
         licence_files: names of its licence and notice files.
+        unread: why the front matter could not be read, if so.
     """
 
     path: str
     metadata: Mapping[str, Any]
     licence_files: Sequence[str]
+    unread: str = ""
 
     @property
     def hub_name(self) -> str | None:
@@ -48,7 +51,7 @@ class Base:
         if self.path.count("/") == 1 and not Path(self.path).expanduser().exists():
             return self.path
         named = self.metadata.get("base_model")
-        return named[0] if isinstance(named, list) else named
+        return next(iter(named), None) if isinstance(named, list) else named
 
 
 def write_cards(report: Report, base: Path, folder: Path) -> list[Path]:
@@ -77,9 +80,13 @@ def write_cards(report: Report, base: Path, folder: Path) -> list[Path]:
 def read_base(path: str, directory: Path) -> Base:
     """What the base model's folder says of it."""
     readme = directory / CARD
-    metadata = (metadata_load(readme) if readme.is_file() else None) or {}
+    metadata, unread = {}, ""
+    try:
+        metadata = (metadata_load(readme) if readme.is_file() else None) or {}
+    except (yaml.YAMLError, ValueError) as error:  # a card is worth a note, not a run that ends without a report
+        unread = " ".join(str(error).split())
     files = [one.name for pattern in ("LICENSE*", "NOTICE*") for one in sorted(directory.glob(pattern))]
-    return Base(path, metadata, files)
+    return Base(path, metadata, files, unread)
 
 
 def card(report: Report, directory: Path, base: Base) -> str:
@@ -187,4 +194,6 @@ def _licence(base: Base) -> str:
         return f"{named}, as the base model says{files}. The weights were changed from the base model's by pruning."
     if files:
         return f"That of the base model{files}. The weights were changed from the base model's by pruning."
+    if base.unread:
+        return f"See {BASE_CARD}: the front matter of the base model's card cannot be read ({base.unread})."
     return "The base model's folder names no licence: its own terms apply to this one too."

@@ -19,7 +19,10 @@ def redraw(folder: Path) -> Path:
     path = folder / "pruned" / "plan.json"
     if not path.is_file():
         raise DataError(f"{path} is missing; run the same command again to write it")
-    plan = PruningPlan.from_json(path.read_text(encoding="utf-8"))
+    try:
+        plan = PruningPlan.from_json(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); run the same command again to write it") from error
     return write_report(report, site_evidence(folder / "round-00", plan), folder)
 
 

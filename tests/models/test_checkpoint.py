@@ -5,16 +5,19 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.models import checkpoint, location
 from cria_dist.models.checkpoint import Numerics
 from cria_dist.models.family import family_of
 from cria_dist.records import Site
+from cria_dist.stages.prepare import prepare
 
 MakeModel = Callable[..., Path]
 
@@ -62,10 +65,75 @@ def test_locate_wants_safetensors(mine: Path) -> None:
         location.locate(str(mine), None)
 
 
-def test_a_damaged_config_is_one_of_our_errors(mine: Path) -> None:
-    (mine / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises((ConfigError, DataError), match=r"config\.json"):
-        checkpoint.read_config(location.locate(str(mine), None))
+def config_with(**changes: Any) -> Callable[[Path], object]:
+    """Change keys of config.json; None takes one out."""
+
+    def damage(model: Path) -> None:
+        config = {**json.loads((model / "config.json").read_text()), **changes}
+        kept = {key: value for key, value in config.items() if key not in changes or value is not None}
+        (model / "config.json").write_text(json.dumps(kept))
+
+    return damage
+
+
+def a_file(name: str, content: str) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_text(content)
+
+
+def cut(size: int | None) -> Callable[[Path], object]:
+    return lambda model: (model / checkpoint.WEIGHTS).write_bytes((model / checkpoint.WEIGHTS).read_bytes()[:size])
+
+
+def as_float8(model: Path) -> None:
+    tensors = load_file(model / checkpoint.WEIGHTS)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, model / checkpoint.WEIGHTS)
+
+
+DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut config": (a_file("config.json", '{"model_type": "lla'), r"config\.json is damaged \(.*; take a whole copy"),
+    "a list": (a_file("config.json", "[]"), r"config\.json is damaged \(it holds a list, not an object\)"),
+    "no type": (config_with(model_type=None), r"config\.json is damaged \(it names no model_type\)"),
+    "no size": (config_with(intermediate_size=None), r"config\.json is damaged \(it has no 'intermediate_size'\)"),
+    "no heads": (config_with(num_attention_heads=None), r"damaged \(it has no 'num_attention_heads'\)"),
+    "no hidden size": (config_with(hidden_size=None), r"damaged \(it has no 'hidden_size'\)"),
+    "no layers": (config_with(num_hidden_layers=None), r"damaged \(it has no 'num_hidden_layers'\)"),
+    "a size of text": (config_with(intermediate_size="48"), r"config\.json is damaged \(.*expected int, got str"),
+    "cut header": (cut(100), r"model\.safetensors is damaged \(.*header.*; take a whole copy of the model"),
+    "no content": (cut(0), r"model\.safetensors is damaged \(.*header too small"),
+    "cut weights": (cut(-100), r"model\.safetensors is damaged \(.*not fully covered"),
+    "cut index": (a_file(checkpoint.INDEX, "{"), r"index\.json is damaged \(Expecting"),
+    "no map": (a_file(checkpoint.INDEX, "{}"), r"index\.json is damaged \(it has no weight_map\)"),
+    "a number for a file": (a_file(checkpoint.INDEX, '{"weight_map": {"a": 5}}'), r"lacks 5, which its index names"),
+    "another's index": (
+        a_file(checkpoint.INDEX, '{"weight_map": {"a": "model.safetensors"}}'),
+        r"model\.safetensors is damaged \(.*\ba\b",
+    ),
+    "another width": (config_with(intermediate_size=64), r"has shape \(.*48.*\), config\.json says \(.*64.*\)"),
+    "another vocabulary": (config_with(vocab_size=280), r"has shape \(300, 32\), config\.json says \(280, 32\)"),
+    "float8": (as_float8, r"q_proj\.weight is F8_E4M3, and checkpoints are written in .*; give the checkpoint in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_checkpoint_is_one_line_before_anything_is_done(
+    damage: Callable[[Path], object], message: str, mine: Path, run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    damage(mine)
+    with pytest.raises(ConfigError, match=message) as complaint:
+        prepare(run_config(tmp_path, model={"path": str(mine)}))
+    assert "\n" not in str(complaint.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_shard_is_found_too(
+    make_model: MakeModel, run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    sharded = make_model(tmp_path / "sharded", shard_size="20KB")
+    last = sharded / list(checkpoint.weight_files(sharded))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=f"{last.name} is damaged"):
+        prepare(run_config(tmp_path, model={"path": str(sharded)}))
 
 
 def test_a_missing_shard_is_one_of_our_errors(make_model: MakeModel, tmp_path: Path) -> None:

@@ -85,6 +85,18 @@ def test_mistakes_are_told_and_leave_nothing(
     other = make_model(tmp_path / "other", num_hidden_layers=3)
     assert "the plan is of a model with" in call(plan, other, tmp_path / "out").stderr
     assert "is there already" in call(plan, pico, run).stderr
+    beside = run / "round-00" / "plan.json"
+    record = json.loads(beside.read_text())
+    units = record["kept"]["layer-000.mlp"]
+    record["kept"]["layer-000.mlp"] = sorted(
+        [*units[1:], min({*range(48)} - {*units})]
+    )  # as many, but for one the same
+    whole = beside.read_text()
+    beside.write_text(json.dumps(record))
+    alone = tmp_path / "plan.json"
+    shutil.copyfile(plan, alone)
+    assert "is of another plan" in call(alone, pico, tmp_path / "out", "--replaced", run / "round-00" / "repair").stderr
+    beside.write_text(whole)
     (run / "round-00" / "repair" / "layer-001.mlp.safetensors").unlink()
     assert "has no whole tensors of layer-001.mlp" in call(plan, pico, tmp_path / "out").stderr
     assert "cannot be read" in call(run / "no.json", pico, tmp_path / "out").stderr

@@ -64,6 +64,26 @@ def test_the_licence_goes_on(finished_run: FinishedRun, report: Report, pico: Pa
     assert "base_model: org/name" in card(report, run / "pruned", read_base("org/name", pico))
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"---\nlicense: [\n---\n", "while parsing a flow node"),
+        (b"---\nsome text\n---\n", "block should be a dict"),
+        (b"\xff\xfe", "can't decode byte 0xff"),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_said_and_no_more(
+    content: bytes, reason: str, finished_run: FinishedRun, report: Report, tmp_path: Path
+) -> None:
+    run = finished_run.copy(tmp_path).folder
+    (tmp_path / "README.md").write_bytes(content)
+    assert len(write_cards(report, tmp_path, run)) == 2
+    written = (run / "pruned" / "README.md").read_text()
+    assert "See BASE_MODEL.md: the front matter of the base model's card cannot be read" in written
+    assert reason in written
+    assert ModelCard(written).data.to_dict() == {"tags": ["cria-dist", "pruned"]}
+
+
 def test_layers_that_differ_are_loaded_as_the_card_says(
     finished_run: FinishedRun, report: Report, tmp_path: Path
 ) -> None:

@@ -97,6 +97,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CriaError], str]] = {
     "name with two dots": ({"name": "a..b"}, ConfigError, r"name 'a\.\.b-.*' cannot become a file name; use letters"),
     "name with NUL": ({"name": "a\0b"}, ConfigError, r"name=.*a name starts with a letter"),
     "empty name": ({"name": ""}, ConfigError, r'name="": a name starts with a letter'),
+    "latency beside whole layers": (
+        {"prune": {"budget": "latency", "allocation": "sensitivity"}, "compare": [{"name": "block_influence"}]},
+        ConfigError,
+        r"prune\.budget=latency counts .*, which .* does not remove; leave it out of compare, or set prune\.budget",
+    ),
+    "latency beside single weights": (
+        {"prune": {"budget": "latency", "allocation": "sensitivity"}, "compare": [{"name": "spectrum_preserving"}]},
+        ConfigError,
+        r"prune\.budget=latency counts .*, which .* does not remove; leave it out of compare, or set prune\.budget",
+    ),
     "unknown text": (
         {"data": {"calibration": {"source": "builtin:nothing"}}},
         ConfigError,
@@ -140,6 +150,27 @@ def test_bias_repair_without_biases(
     mistral = make_model(tmp_path / "model", "mistral")
     with pytest.raises(ConfigError, match=r"prune\.repair=bias needs MLP biases.*use prune\.repair=least_squares"):
         prepare(run_config(tmp_path, model={"path": str(mistral)}, prune={"repair": "bias"}))
+
+
+def test_more_tokens_than_positions(
+    run_config: RunConfigMaker, make_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Learned positions end; rotary ones go on, into what the model was never trained on."""
+    data = {"sequence_length": 72, "calibration_sequences": 4, "test_sequences": 1}
+    learned = make_model(tmp_path / "learned", "gpt2", n_positions=64, max_position_embeddings=64)
+    for key, changes in (
+        ("data.sequence_length=72", {"data": data}),
+        ("recover.sequence_length=128", {"recover": {"sequence_length": 128}}),
+        ("evaluate.new_tokens=65", {"evaluate": {"new_tokens": 65}}),
+    ):
+        with pytest.raises(ConfigError, match=f"{key} is more than the 64 positions the model has .*lower it"):
+            prepare(run_config(tmp_path, model={"path": str(learned)}, **changes))
+    prepare(run_config(tmp_path, model={"path": str(learned)}, evaluate={"new_tokens": 65}), "apply")
+    assert not caplog.records
+    rotary = make_model(tmp_path / "rotary", max_position_embeddings=64)
+    prepare(run_config(tmp_path, model={"path": str(rotary)}, data=data, recover={"steps": 0}))
+    (warned,) = caplog.messages
+    assert warned.startswith("data.sequence_length=72 is more than the 64 positions")
 
 
 def test_no_tokenizer(run_config: RunConfigMaker, pico: Path, tmp_path: Path) -> None:
