@@ -80,7 +80,7 @@ def test_trials_are_single_runs_and_a_failed_one_is_named(
     scores = [trial.folder / "round-00" / "scores" / "layer-000.mlp.npz" for trial in sweep.trials]
     assert len({path.stat().st_ino for path in scores}) == 1
     [best] = (sweep.folder / "best").iterdir()
-    assert (best.name, best.resolve()) == ("25.0-of-units", Path(one["checkpoint"]).resolve())
+    assert (best.name, best.resolve()) == ("25-of-units", Path(one["checkpoint"]).resolve())
     assert (sweep.folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
     assert (sweep.folder / "tune").stat().st_mode & 0o777 == 0o700
 
