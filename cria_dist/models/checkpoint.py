@@ -1,7 +1,6 @@
-"""Checkpoints on disk: describe, read tensors, load, write. Safetensors only, no remote code."""
+"""Checkpoints on disk: describe, read tensors, load. Safetensors only, no remote code."""
 
 import json
-import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,12 +22,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cria_dist.errors import ConfigError, DataError
-from cria_dist.files import digest, safe_name, write_json, write_with
+from cria_dist.files import digest, safe_name
 from cria_dist.models.decilm import from_blocks
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import ModelDict, Takes, layers_differ
-from cria_dist.models.names import own_names, shared_names
-from cria_dist.models.remote_code import with_modeling_file
+from cria_dist.models.names import shared_names
 from cria_dist.models.widths import resize_layers, resizing_class
 
 WEIGHTS = "model.safetensors"
@@ -43,7 +40,6 @@ CLASSES: Mapping[Takes, Any] = {
     "images": AutoModelForImageClassification,
 }
 """Stock classes, by what the model takes."""
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -242,22 +238,6 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"no tokenizer in {directory} ({reason}); put tokenizer.json beside the weights") from error
 
 
-def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write one weight file atomically."""
-    write_with(path, lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-
-
-def finish(source: Path, target: Path, config: Mapping[str, Any]) -> None:
-    """Complete a checkpoint whose weight files are written: index, tokenizer and side files, ``config.json`` last."""
-    if (source / INDEX).is_file():
-        _write_index(target, [file for file in weight_files(source) if (target / file).is_file()])
-    for pattern in SIDE_FILES:
-        for path in sorted(source.glob(pattern)):
-            if path.name not in {"config.json", INDEX, PLAN}:
-                shutil.copyfile(path, target / path.name)
-    write_json(target / "config.json", own_names(with_modeling_file(target, config)))
-
-
 def is_complete(directory: Path) -> bool:
     """Whether a checkpoint was written to its end, and its weight files are still there."""
     if not (directory / "config.json").is_file():
@@ -265,30 +245,3 @@ def is_complete(directory: Path) -> bool:
     if not (directory / INDEX).is_file():
         return (directory / WEIGHTS).is_file()
     return all((directory / file).is_file() for file in weight_files(directory))
-
-
-def write_like(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write new values for the tensors of a checkpoint in the same files and data types.
-
-    Args:
-        source: checkpoint whose layout, config and side files are taken over.
-        target: folder to fill.
-        state: tensors by name; names the source does not store (tied copies) are left out.
-    """
-    target.mkdir(parents=True, exist_ok=True)
-    for file, names in weight_files(source).items():
-        with opened(source / file) as handle:
-            dtypes = {name: handle.get_tensor(name).dtype for name in names}
-        tensors = {name: state[name].detach().to("cpu", dtypes[name]).contiguous() for name in names}
-        write_weights(target / file, tensors)
-    finish(source, target, read_config(source))
-
-
-def _write_index(target: Path, files: list[str]) -> None:
-    locations: dict[str, str] = {}
-    total = 0
-    for file in files:
-        with safe_open(target / file, framework="pt") as handle:
-            locations |= dict.fromkeys(handle.keys(), file)
-        total += (target / file).stat().st_size
-    write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": locations})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from cria_dist.errors import PlanError
-from cria_dist.models import checkpoint, depth
+from cria_dist.models import checkpoint, depth, writing
 from cria_dist.models.experts import assembled, taken_apart
 from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.models.operations import Operations, Selection
@@ -163,7 +163,7 @@ def write_pruned(source: Path, target: Path, surgery: Surgery) -> None:
             left = depth.renumbered(pieces, surgery.family.on_disk(f"{surgery.family.layers}."), surgery.layers)
             if left:
                 write_pieces(target / file, left)
-    checkpoint.finish(source, target, config)
+    writing.finish(source, target, config)
 
 
 def _pruned_pieces(path: Path, names: list[str], operations: Operations) -> dict[str, Piece]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
 from cria_dist.errors import NumericError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, writing
 from cria_dist.stages.augment import augmented
 from cria_dist.stages.distil import objective_of
 from cria_dist.stages.distil_teacher import Teacher
@@ -123,7 +123,7 @@ def _write(task: RecoverTask, model: PreTrainedModel, place: Place) -> None:
         write_like(task.model_dir, task.target, merged_state(model), place.rank)
     elif place.rank == 0:
         state: dict[str, Any] = {**merged_state(model)}  # tensors: nothing is shared out
-        checkpoint.write_like(task.model_dir, task.target, state)
+        writing.write_like(task.model_dir, task.target, state)
 
 
 def student(task: RecoverTask, shared: bool = False) -> PreTrainedModel:

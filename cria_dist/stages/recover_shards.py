@@ -31,7 +31,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from cria_dist.errors import DataError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, writing
 from cria_dist.models.blocks import skeleton
 from cria_dist.models.family import family_of
 from cria_dist.models.streaming import Piece, WindowReader, file_order, write_pieces
@@ -150,7 +150,7 @@ def write_together(path: Path, tensors: Mapping[str, Part], rank: int, dtypes: M
 
 
 def write_like(source: Path, target: Path, state: Mapping[str, Part], rank: int) -> None:
-    """What :func:`cria_dist.models.checkpoint.write_like` does, for tensors that are shared out; all call this."""
+    """What :func:`cria_dist.models.writing.write_like` does, for tensors that are shared out; all call this."""
     if rank == 0:
         target.mkdir(parents=True, exist_ok=True)
     for file, names in checkpoint.weight_files(source).items():
@@ -158,4 +158,4 @@ def write_like(source: Path, target: Path, state: Mapping[str, Part], rank: int)
             dtypes = {name: handle.get_tensor(name).dtype for name in names}
         write_together(target / file, {name: state[name] for name in names}, rank, dtypes)
     if rank == 0:
-        checkpoint.finish(source, target, checkpoint.read_config(source))
+        writing.finish(source, target, checkpoint.read_config(source))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, DataError
-from cria_dist.models import checkpoint, location
+from cria_dist.models import checkpoint, location, writing
 from cria_dist.models.checkpoint import Numerics
 from cria_dist.models.family import family_of
 from cria_dist.records import Site
@@ -243,7 +243,7 @@ def test_write_like_keeps_layout_and_dtype(tied: bool, make_model: MakeModel, tm
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
-    checkpoint.write_like(source, tmp_path / "target", model.state_dict())
+    writing.write_like(source, tmp_path / "target", model.state_dict())
     assert checkpoint.weight_files(tmp_path / "target") == checkpoint.weight_files(source)
     assert checkpoint.read_config(tmp_path / "target") == checkpoint.read_config(source)
     for file in checkpoint.weight_files(source):

@@ -13,10 +13,11 @@ import cria_dist
 from cria_dist.errors import ConfigError
 from cria_dist.models import surgery
 from cria_dist.models.blocks import Block, BlockModel
-from cria_dist.models.checkpoint import Numerics, count_parameters, load_model, read_config, write_like
+from cria_dist.models.checkpoint import Numerics, count_parameters, load_model, read_config
 from cria_dist.models.family import family_of
 from cria_dist.models.loading import load_pruned
 from cria_dist.models.tensor_parallel import tensor_ranks_problem
+from cria_dist.models.writing import write_like
 from cria_dist.records import Site
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 256

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, writing
 from cria_dist.records import Report
 from cria_dist.report.writer import report_from_json
 from cria_dist.stages.model_card import card, read_base, write_cards
@@ -88,7 +88,7 @@ def test_layers_that_differ_are_loaded_as_the_card_says(
     finished_run: FinishedRun, report: Report, tmp_path: Path
 ) -> None:
     config = {**checkpoint.read_config(finished_run.folder / "pruned"), "intermediate_size_per_layer": [20, 36]}
-    checkpoint.finish(finished_run.folder / "pruned", tmp_path, config)
+    writing.finish(finished_run.folder / "pruned", tmp_path, config)
     written = card(report, tmp_path, read_base("base", tmp_path))
     assert 'cria_dist.load_pruned("PATH")' in written
     assert "trust_remote_code=True" in written
@@ -97,7 +97,7 @@ def test_layers_that_differ_are_loaded_as_the_card_says(
 
 def test_a_classifier_is_not_sent_to_llama_cpp(report: Report, pico_bert: Path, tmp_path: Path) -> None:
     config = {**checkpoint.read_config(pico_bert), "intermediate_size_per_layer": [20, 36, 48]}
-    checkpoint.finish(pico_bert, tmp_path, config)
+    writing.finish(pico_bert, tmp_path, config)
     written = card(report, tmp_path, read_base("base", tmp_path))
     assert "--format onnx" in written
     assert "gguf" not in written

@@ -16,7 +16,7 @@ from cria_dist.config import RecoverConfig, RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.maths.repair import least_squares
 from cria_dist.methods import GradientSample, Magnitude, SiteStatistics, Verdict
-from cria_dist.models import checkpoint, surgery
+from cria_dist.models import checkpoint, surgery, writing
 from cria_dist.models.blocks import partition
 from cria_dist.models.checkpoint import Numerics
 from cria_dist.models.family import family_of
@@ -215,7 +215,7 @@ def test_what_gpt2_cannot_do_is_said(
 def test_a_config_has_the_shared_names_in_memory_and_its_own_on_disk(gpt2: Path, tmp_path: Path) -> None:
     config = checkpoint.read_config(gpt2)
     assert (config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]) == (32, 2, 4)
-    checkpoint.finish(gpt2, tmp_path, config)
+    writing.finish(gpt2, tmp_path, config)
     there, here = (json.loads((folder / "config.json").read_text()) for folder in (gpt2, tmp_path))
     assert here == there
     del config["n_inner"]
