@@ -50,7 +50,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     config = _read_object(directory / "config.json")
     if not isinstance(config.get("model_type"), str):
-        raise _damaged(directory / "config.json", "it names no model_type")
+        raise damaged(directory / "config.json", "it names no model_type")
     return shared_names(from_blocks(config))
 
 
@@ -64,7 +64,7 @@ def weight_files(directory: Path) -> dict[str, list[str]]:
     if (directory / INDEX).is_file():
         index = _read_object(directory / INDEX).get("weight_map")
         if not isinstance(index, dict):
-            raise _damaged(directory / INDEX, "it has no weight_map")
+            raise damaged(directory / INDEX, "it has no weight_map")
         files: dict[str, list[str]] = {}
         for name, file in sorted(index.items()):
             files.setdefault(safe_name(str(file)), []).append(name)
@@ -84,20 +84,21 @@ def opened(path: Path) -> Generator[Any]:
         with safe_open(path, framework="pt") as handle:
             yield handle
     except SafetensorError as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     if not isinstance(found, dict):
-        raise _damaged(path, f"it holds a {type(found).__name__}, not an object")
+        raise damaged(path, f"it holds a {type(found).__name__}, not an object")
     return found
 
 
-def _damaged(path: Path, reason: object) -> ConfigError:
+def damaged(path: Path, reason: object) -> ConfigError:
+    """The error for a file of a model that cannot be what was saved."""
     return ConfigError(f"{path} is damaged ({reason}); take a whole copy of the model")
 
 

@@ -61,10 +61,10 @@ def run(sweep: Sweep) -> list[Row]:
         ConfigError: a trial cannot be carried out, or the cluster is too small for so many at the same time.
         WorkerError: trials failed; the others are finished.
     """
-    jobs = [prepare(trial.config) for trial in sweep.trials]
+    models = {prepare(trial.config).model_dir for trial in sweep.trials}
     with locks.alone(sweep.folder), ray_session(sweep.base) as workers:
-        for model_dir, folder in {(job.model_dir, job.folder) for job in jobs}:
-            check_shared(model_dir, folder)
+        for model_dir in models:
+            check_shared(model_dir, sweep.folder)  # the runs lie beside it
         return carry_out(sweep, workers)
 
 

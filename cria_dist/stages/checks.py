@@ -147,9 +147,7 @@ def _check_sizes(model_dir: Path, family: MlpFamily, model_config: Mapping[str, 
     except KeyError as error:
         missing.append(error.args[0])
     if missing:
-        raise ConfigError(
-            f"{model_dir / 'config.json'} is damaged (it has no {missing[0]!r}); take a whole copy of the model"
-        )
+        raise checkpoint.damaged(model_dir / "config.json", f"it has no {missing[0]!r}")
 
 
 def check_sampling(config: RunConfig, positions: int) -> None:

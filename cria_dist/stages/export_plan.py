@@ -75,7 +75,7 @@ def read_plan(path: Path) -> PruningPlan:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the plan.json of a checkpoint") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); take the one beside the weights") from error
+        raise DataError(f"{path} is damaged ({error!r}); run the command that wrote it, or take a copy") from error
 
 
 def replaced_beside(plan_path: Path) -> Path | None:

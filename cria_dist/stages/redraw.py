@@ -6,6 +6,7 @@ from cria_dist.errors import DataError
 from cria_dist.models import depth
 from cria_dist.records import PruningPlan, Report, Site, SiteEvidence
 from cria_dist.report.writer import report_from_json, write_report
+from cria_dist.stages.export_plan import read_plan
 from cria_dist.store import site_scores
 
 
@@ -19,10 +20,7 @@ def redraw(folder: Path) -> Path:
     path = folder / "pruned" / "plan.json"
     if not path.is_file():
         raise DataError(f"{path} is missing; run the same command again to write it")
-    try:
-        plan = PruningPlan.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); run the same command again to write it") from error
+    plan = read_plan(path)
     return write_report(report, site_evidence(folder / "round-00", plan), folder)
 
 
