@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -27,11 +28,15 @@ def write_bytes(path: Path, content: Content) -> None:
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then flush and rename it."""
+    """Let ``write`` fill a temporary file beside ``path``, then flush and rename it; its mode is any new file's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp.{secrets.token_hex(4)}")  # processes of two hosts share numbers
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        if temporary.stat().st_mode != mode:  # safetensors puts one in its place that only its owner reads
+            temporary.chmod(stat.S_IMODE(mode))
         sync(temporary)
         temporary.replace(path)
     finally:
@@ -115,18 +120,33 @@ def digest(*parts: object) -> str:
 def take_over(root: Path, pattern: str, take: Callable[[Path], bool]) -> Path | None:
     """The first path below ``root`` that ``take`` says it took something over from, by name; None if there is none.
 
-    Runs may be deleted while others look into them: what vanishes was never there.
+    Runs may be deleted while others look into them, and be other users': what vanishes, or may not be read, was never
+    there.
 
     Args:
         root: folder of runs.
         pattern: of paths below it, as in ``glob``.
-        take: called with each path until one was taken; it may raise FileNotFoundError.
+        take: called with each path until one was taken; it may raise FileNotFoundError and PermissionError.
     """
     for path in sorted(root / name for name in glob.glob(pattern, root_dir=root, include_hidden=True)):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, PermissionError):
             if take(path):
                 return path
     return None
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where it cannot have one: other users' files, file systems without links.
+
+    Raises:
+        OSError: it can be neither linked nor read, or there is no room.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        write_with(target, lambda temporary: shutil.copyfile(source, temporary))
 
 
 def take_copy(root: Path, pattern: str, target: Path) -> bool:
@@ -154,6 +174,16 @@ def safe_name(name: str) -> str:
     if not SAFE_NAME.fullmatch(name) or ".." in name:
         raise ConfigError(f"name {name!r} cannot become a file name; use letters, digits, '.', '_' and '-'")
     return name
+
+
+def bytes_below(folder: Path) -> int:
+    """Bytes of the files below a folder; what vanishes meanwhile was never there."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            total += found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return total
 
 
 def free_bytes(path: Path) -> int:

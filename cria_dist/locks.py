@@ -43,6 +43,27 @@ def alone(folder: Path) -> Generator[None]:
         yield
 
 
+def is_at_work(folder: Path) -> bool | None:
+    """Whether a process carries out the run of a folder; None where this cannot be known from here.
+
+    A lock that is held is seen as far as the file system goes. That none is held is certain only where the last holder
+    was of this machine: not every network file system tells of other machines' locks.
+    """
+    try:
+        handle = (folder / ".lock").open(encoding="utf-8")
+    except OSError:  # not written by a version with locks, copied without, or another user's
+        return None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return None
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        return False if _holder(handle).startswith(f"{platform.node()},") else None
+
+
 @contextmanager
 def in_turn(path: Path) -> Generator[None]:
     """Wait for another process that holds this lock file, then hold it until the block ends."""

@@ -18,8 +18,8 @@ class Flow(Generic[Item]):
         after: item -> the item that must be finished before it starts.
         homes: item -> number of the only worker that may run it (what it holds stays there). Where there are fewer
             workers than homes they share them; a worker that cannot be started again loses its homes to the others.
-        ranks: processes that make up one worker and run every item together, each with ``RANK``, ``WORLD_SIZE``,
-            ``MASTER_ADDR`` and ``MASTER_PORT`` in its environment.
+        ranks: processes that make up one worker and run every item together, each with ``RANK``, ``WORLD_SIZE``
+            and ``CRIA_MEETING`` in its environment.
         sharing: workers one GPU holds at the same time; without GPUs it makes no difference.
     """
 

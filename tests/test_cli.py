@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from cria_dist import cli
+from cria_dist import cli, locks
 
 BLOCKED = """
 import sys
@@ -147,14 +147,19 @@ def test_status_of_a_finished_run(finished_run: Any) -> None:
     assert re.fullmatch(rf"{finished_run.folder.name}: done, verify .*, last heard of .* ago\n", result.stderr)
 
 
-def test_status_says_how_old_it_is(tmp_path: Path) -> None:
-    """A killed run says that it is running for ever."""
+def test_status_says_how_old_it_is_and_whether_it_was_killed(tmp_path: Path) -> None:
+    """A killed run says that it is running for ever; of a run on another machine nobody here knows."""
     state = {"stage": "record", "done": 3, "total": 12, "unit": "shards", "state": "running"}
     (tmp_path / "progress.json").write_text(json.dumps({**state, "updated": time.time() - 7200}))
-    assert call("status", str(tmp_path)).stderr == (
-        f"{tmp_path.name}: running, record 3/12 shards, last heard of 2 h 00 min ago; if it was killed, the same "
-        "command goes on from there\n"
-    )
+    said = f"{tmp_path.name}: running, record 3/12 shards, last heard of 2 h 00 min ago"
+    unknown = f"{said}; if it was killed, the same command goes on from there\n"
+    assert call("status", str(tmp_path)).stderr == unknown
+    with locks.alone(tmp_path):
+        assert call("status", str(tmp_path)).stderr == f"{said}\n"
+    over = f"{said}; no process works on it (killed?), the same command goes on from there\n"
+    assert call("status", str(tmp_path)).stderr == over
+    (tmp_path / ".lock").write_text("elsewhere, process 7\n")
+    assert call("status", str(tmp_path)).stderr == unknown
 
 
 def test_status_of_another_folder_asks_for_a_run(tmp_path: Path) -> None:

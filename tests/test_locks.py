@@ -29,7 +29,9 @@ def test_a_second_process_is_told_who_is_there_until_that_one_dies(tmp_path: Pat
         told = f"process {other.pid}.*wait for its end or stop it"
         with pytest.raises(ConfigError, match=told), locks.alone(tmp_path):
             pytest.fail("two processes were let in")
+        assert locks.is_at_work(tmp_path) is True
         other.kill()
+    assert locks.is_at_work(tmp_path) is False
     with locks.alone(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".lock").read_text()
     with locks.alone(tmp_path):

@@ -1,5 +1,6 @@
 """The whole run in one process: what it leaves, what it does not do twice, what survives an interruption."""
 
+import errno
 import functools
 import itertools
 import json
@@ -438,6 +439,30 @@ def test_another_ratio_takes_over_recording_and_scores(
         assert (folder / "round-00" / name).stat().st_ino == (copy.folder / "round-00" / name).stat().st_ino, name
     one, other = plan_of(folder / "round-00"), plan_of(copy.folder / "round-00")
     assert all(set(one.kept[key]) < set(other.kept[key]) for key in KEYS)
+
+
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP])
+def test_where_there_are_no_links_a_neighbours_work_is_copied(
+    reason: int,
+    finished_run: Any,
+    run_config: RunConfigMaker,
+    make_context: MakeContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def cannot(path: Path, target: Path) -> None:
+        raise OSError(reason, "no links here", str(target), None, str(path))
+
+    finished_run.copy(tmp_path)
+    config = run_config(tmp_path, prune={"ratio": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "hardlink_to", cannot)
+        folder, done = carry_out(make_context, config, "decide")
+    assert done == []
+    copied = (folder / "round-00" / "plan.json").read_bytes()
+    shutil.rmtree(folder)
+    carry_out(make_context, config, "decide")
+    assert (folder / "round-00" / "plan.json").read_bytes() == copied
 
 
 def test_another_method_takes_over_only_the_recording(

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cria_dist import config_file
+from cria_dist import config_file, locks
 from cria_dist.cli.frame import ConfigPath, Folder, Overrides, console, guarded
 from cria_dist.errors import ConfigError
 
@@ -43,20 +43,29 @@ def status(folder: Folder) -> None:
         if not path.is_file():
             raise ConfigError(f"{path} cannot be read (no such file); give a run folder")
         found = read_json(path)
-        sys.stderr.write(f"{folder.absolute().name}: {_in_words(found, time.time())}\n")
+        sys.stderr.write(f"{folder.absolute().name}: {_in_words(found, time.time(), locks.is_at_work(folder))}\n")
         Console().print_json(json.dumps(found))
 
     raise typer.Exit(guarded(action))
 
 
-def _in_words(progress: Mapping[str, Any], now: float) -> str:
-    """What ``progress.json`` says; of a run that was killed it goes on to say that it is running."""
+def _in_words(progress: Mapping[str, Any], now: float, is_at_work: bool | None) -> str:
+    """What ``progress.json`` says; of a run that was killed it goes on to say that it is running.
+
+    Args:
+        progress: its content.
+        now: seconds, as its ``updated``.
+        is_at_work: whether a process works on the run, where that is known.
+    """
     from cria_dist.report import text
 
     total = "" if progress["total"] is None else f"/{progress['total']}"
     where = f", {progress['stage']} {progress['done']}{total} {progress['unit']}" if progress["stage"] else ""
     said = f"{progress['state']}{where}, last heard of {text.seconds(max(now - progress['updated'], 0))} ago"
-    return said if progress["state"] != "running" else f"{said}; if it was killed, the same command goes on from there"
+    if progress["state"] != "running" or is_at_work:
+        return said
+    killed = "if it was killed" if is_at_work is None else "no process works on it (killed?)"
+    return f"{said}; {killed}, the same command goes on from there"
 
 
 def report(folder: Folder) -> None:

@@ -27,8 +27,8 @@ class RecoverConfig(Section):
     """Data-parallel workers, of the methods that learn gates too."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """``ddp``: every worker holds the whole model. ``fsdp2``: they share out weights, gradients, moments and the dense
-    model they learn from, for models larger than one of them; language models only. An interrupted ``fsdp2`` recovery
-    goes on with any number of workers, which leaves rounding only and is no part of what a run is named by."""
+    model they learn from, for models larger than one of them. An interrupted ``fsdp2`` recovery goes on with any number
+    of workers, which leaves rounding only and is no part of what a run is named by."""
     batch_sequences: Annotated[int, Field(ge=1)] = 8
     """Sequences per optimiser step, over all workers; must be a multiple of ``workers``."""
     sequence_length: Annotated[int, Field(ge=8)] = 256

@@ -47,6 +47,9 @@ class RunSettings(Section):
     """``local`` runs everything in this process (tests, debugging)."""
     address: str | None = None
     """Ray cluster to join (``auto`` inside a job); default: a private cluster on this machine."""
+    vllm_python: str | None = None
+    """Python of an environment that has vLLM, on every node: the run ends by loading its result there and comparing.
+    Default: this environment's, if it has vLLM."""
 
 
 class RunConfig(Section):

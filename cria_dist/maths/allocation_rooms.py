@@ -26,6 +26,7 @@ class Room:
         multiple: new widths are multiples of this (the present width always is allowed).
         unit_cost: what a unit takes of the budget, on average where ``measured`` says more.
         measured: (width, cost) in ascending order, where the cost is no multiple of the width (milliseconds).
+        needed: fewest units that the model computes with, floor or not.
     """
 
     width: int
@@ -33,6 +34,7 @@ class Room:
     multiple: int
     unit_cost: float
     measured: tuple[tuple[int, float], ...] = ()
+    needed: int = 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -100,9 +102,10 @@ def even_widths(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
             if one.multiple * one.unit_cost == step:
                 widths[key] = min(one.width, math.floor(one.width * share + 1e-9) // one.multiple * one.multiple)
                 del free[key]
-                if widths[key] < 1:
+                if widths[key] < one.needed:
+                    left = f"{widths[key]} of the {one.needed} units needed" if widths[key] else "no unit"
                     raise PlanError(
-                        f"the budget leaves no unit at {key}; lower prune.ratio or prune.multiple={one.multiple}"
+                        f"the budget leaves {left} at {key}; lower prune.ratio or prune.multiple={one.multiple}"
                     )
     return widths
 

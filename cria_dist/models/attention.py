@@ -3,9 +3,12 @@
 With one query head per group (MHA) a unit is a head; with one group (MQA) there is nothing to choose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from cria_dist.records import Site
 
@@ -99,6 +102,33 @@ def with_groups(config: Mapping[str, Any], groups: list[int]) -> dict[str, Any]:
         named = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
         return {**other, **named}
     return {**plain, LAYER_KV_HEADS: groups}
+
+
+@contextmanager
+def counting(norm: torch.nn.Module, kept: Sequence[int], units: int) -> Generator[None]:
+    """An RMSNorm over all units counts those kept, and gives zeros for the others, until the block ends.
+
+    The root mean square is over the inputs of those kept alone, as when the others are gone: with S of N inputs left
+    and the others zero it is ``sqrt(S / N)`` times that, which is made up for before, for the sake of epsilon.
+
+    Args:
+        norm: the module.
+        kept: units that stay.
+        units: how many there are, each with as many consecutive inputs.
+    """
+    factor = (units / len(kept)) ** 0.5
+    weight: Any = norm.weight
+    mask_N = torch.isin(torch.arange(units), torch.tensor(kept)).repeat_interleave(len(weight) // units)
+    mask_N = mask_N.to(weight.device, torch.float32) * factor  # in bfloat16 the factor would be 0.2 % off
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, args: (args[0] * mask_N,)),
+        norm.register_forward_hook(lambda *args: (args[2] / factor).to(weight.dtype)),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _is_refused(config: Mapping[str, Any], left_over: int) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -26,7 +25,7 @@ from cria_dist.files import digest, safe_name
 from cria_dist.models.decilm import from_blocks
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import ModelDict, Takes, layers_differ
-from cria_dist.models.names import shared_names
+from cria_dist.models.names import parsed, shared_names
 from cria_dist.models.widths import resize_layers, resizing_class
 
 WEIGHTS = "model.safetensors"
@@ -105,7 +104,9 @@ def damaged(path: Path, reason: object) -> ConfigError:
 def fingerprint(directory: Path) -> str:
     """Digest of config.json and, per weight file, its size, its first, middle and last MiB.
 
-    Hashing all of a 70B checkpoint would take minutes; an edited tensor outside the sampled ranges goes unnoticed.
+    Hashing all of a 70B checkpoint would take minutes. Numbers edited elsewhere, at the same size, go unnoticed: what
+    was recorded and scored before is then taken for that of the edited weights. Any change of config.json tells them
+    apart. Times and inodes would not do: the same bytes must have the same digest on every machine.
     """
     parts: list[object] = [(directory / "config.json").read_bytes()]
     for file in weight_files(directory):
@@ -166,13 +167,9 @@ def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
     Raises:
         ConfigError: a value of the config is of another type than the architecture's.
     """
-    try:
-        parsed = AutoConfig.for_model(**config)
-    except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"the model's config.json is damaged ({reason}); take a whole copy of the model") from error
+    settings = parsed(config)
     with torch.device("meta"):
-        model = stock_class(config).from_config(parsed, trust_remote_code=False)
+        model = stock_class(config).from_config(settings, trust_remote_code=False)
         resize_layers(model, family_of(config), config)
         return model
 

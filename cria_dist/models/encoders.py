@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from cria_dist.models import attention
 from cria_dist.models.mlp import PART, MlpFamily, ModelDict
+from cria_dist.models.names import damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,13 @@ class EncoderMlpFamily(MlpFamily):
         return sequence_length
 
     def longest(self, config: ModelDict) -> int:
-        """Most tokens the model has positions for."""
+        """Most tokens the model has positions for.
+
+        Raises:
+            ConfigError: the config does not say it.
+        """
+        if "max_position_embeddings" not in config:
+            raise damaged("it has no 'max_position_embeddings'")
         return int(config["max_position_embeddings"]) - self.positions_before
 
     def _with_biases(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ In memory the experts of a layer are three-dimensional tensors; in checkpoints e
 Shapes: T tokens, E experts, K experts of a token, R tokens of one expert.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,7 @@ class ExpertsFamily(GatedMlpFamily):
         if not _reads_by_experts(site, config):
             return GatedMlpFamily.stream_weights(self, site, config, met)
         experts = experts_of(config)
-        return experts + 3 * int(config[self.expert_width]) * (int(config["num_experts_per_tok"]) if met else experts)
+        return experts + 3 * int(config[self.expert_width]) * (per_token(config) if met else experts)
 
     def unit_cost(self, site: Site, config: ModelDict) -> int:
         """Of an expert, its three maps and its row of the router."""
@@ -113,11 +114,12 @@ class ExpertsFamily(GatedMlpFamily):
         Raises:
             ConfigError: layers would have different numbers of experts, or fewer than a token goes through.
         """
-        counts = {units for key, units in kept.items() if Site.from_key(key).part == PART}
+        in_layers = {units for key, units in kept.items() if Site.from_key(key).part == PART}
+        counts = in_layers - {0}  # whole layers that go
         narrow = GatedMlpFamily.narrowed(self, config, kept, output_bias)
         if not counts:
             return narrow
-        fewest, needed = min(counts), int(config["num_experts_per_tok"])
+        fewest, needed = min(counts), per_token(config)
         if fewest < needed or len(counts) > 1:
             raise ConfigError(
                 f"{' and '.join(map(str, sorted(counts)))} experts would be left in a layer, every token goes through "
@@ -129,6 +131,11 @@ class ExpertsFamily(GatedMlpFamily):
 def experts_of(config: ModelDict) -> int:
     """Experts of a layer that has any."""
     return next(int(config[key]) for key in COUNTS if key in config)
+
+
+def per_token(config: ModelDict) -> int:
+    """Experts that a token goes through."""
+    return int(config["num_experts_per_tok"])
 
 
 def has_experts(config: ModelDict, layer: int) -> bool:
@@ -145,7 +152,7 @@ def weights_met(family: MlpFamily, config: ModelDict) -> dict[int, int]:
     """By layer, the weights that a token meets there: the router's, and those of the experts it goes through."""
     if PART not in family.parts:
         return {}
-    row, times = int(config["hidden_size"]), int(config["num_experts_per_tok"])
+    row, times = int(config["hidden_size"]), per_token(config)
     sites = family.widths(config, (PART,))
     return {site.layer: units * row + times * (family.unit_cost(site, config) - row) for site, units in sites.items()}
 
@@ -162,6 +169,19 @@ def taken_apart(pieces: Sequence[Sequence[str]], tensor: torch.Tensor) -> dict[s
         for names, expert in zip(pieces, tensor, strict=True)
         for name, part in zip(names, expert.chunk(len(names)), strict=True)
     }
+
+
+@contextmanager
+def routed_among(router: Any, kept: Sequence[int]) -> Generator[None]:
+    """Have a router choose among some of the experts only, until the block ends."""
+    whole, kept_S = router.weight, torch.tensor(kept, device=router.weight.device)
+    router.weight = torch.nn.Parameter(whole.detach()[kept_S], requires_grad=False)
+    hook = router.register_forward_hook(lambda *args: (*args[2][:2], kept_S[args[2][2]]))
+    try:
+        yield
+    finally:
+        hook.remove()
+        router.weight = whole
 
 
 def output_norms(

@@ -1,6 +1,6 @@
 """Decoders without an adapter of their own that follow Llama's names for a gated MLP, recognised by their modules.
 
-Some of those whose attention has Llama's names too, and nothing in between, can lose heads.
+Some of those whose attention has Llama's names too, and nothing in between but a norm over all heads, can lose heads.
 """
 
 import functools
@@ -10,20 +10,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from cria_dist.models import attention, residual
 from cria_dist.models.decoders import GatedMlpFamily
 from cria_dist.models.mlp import PART, ModelDict
+from cria_dist.models.names import parsed
 from cria_dist.models.residual import BIASED, Stream
 from cria_dist.records import Site
 
-WITH_HEADS = ("cohere", "ernie4_5", "granite", "helium", "seed_oss", "smollm3", "stablelm")
+NORMED_HEADS = ("olmo2", "olmo3")
+"""Families with an RMSNorm over all query heads and one over all heads of keys, which count those that are left."""
+WITH_HEADS = ("cohere", "ernie4_5", "granite", "helium", "seed_oss", "smollm3", "stablelm", *NORMED_HEADS)
 """Families whose attention computes the same with fewer heads; modules alone do not show it."""
+HEADS_STAY = (
+    "self_attn must be q_proj, k_proj, v_proj and o_proj alone where a family has no adapter of its own, and that one "
+    f"of {', '.join(WITH_HEADS)}"
+)
+BEHIND = Stream((), ("post_attention_layernorm", "post_feedforward_layernorm"), output_bias="attention_bias")
 STREAMS: Mapping[str, Stream] = {
     "ernie4_5": Stream(output_bias="use_bias"),
     "granite": BIASED,
-    "olmo2": Stream((), ("post_attention_layernorm", "post_feedforward_layernorm"), output_bias="attention_bias"),
+    "olmo2": BEHIND,
+    "olmo3": BEHIND,
     "seed_oss": Stream(output_bias="attention_out_bias"),
     "smollm3": BIASED,
 }
@@ -37,12 +46,10 @@ class GenericFamily(GatedMlpFamily):
 
     Attributes:
         biased: whether these maps carry biases.
-        heads_stay: why heads cannot go.
         stream_stays: why dimensions of the residual stream cannot go.
     """
 
     biased: bool = False
-    heads_stay: str = ""
     stream_stays: str = ""
 
     parts = (PART,)
@@ -53,7 +60,7 @@ class GenericFamily(GatedMlpFamily):
 
     def obstacle(self, part: str) -> str:
         """Why the units of a part cannot go."""
-        return {attention.PART: self.heads_stay, residual.UNIT: self.stream_stays}.get(part, "")
+        return {attention.PART: HEADS_STAY, residual.UNIT: self.stream_stays}.get(part, "")
 
     def _with_biases(self) -> dict[str, Any]:
         return {} if self.biased else GatedMlpFamily._with_biases(self)  # slots: super() knows another class
@@ -61,9 +68,16 @@ class GenericFamily(GatedMlpFamily):
 
 @dataclass(frozen=True, slots=True)
 class GenericHeadsFamily(GenericFamily):
-    """One whose attention is ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` and nothing else in every layer."""
+    """One whose attention is ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj`` in every layer, and no other map."""
 
     parts = (attention.PART, PART)
+
+
+@dataclass(frozen=True, slots=True)
+class GenericNormedHeadsFamily(GenericHeadsFamily):
+    """One with an RMSNorm over all query heads, and one over all heads of keys."""
+
+    head_norms = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def generic_family(config: ModelDict) -> GenericFamily | None:
@@ -79,29 +93,31 @@ def _generic_family(config_json: str) -> GenericFamily | None:
         return None
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(parsed(config), trust_remote_code=False)
     except (ValueError, KeyError):  # transformers has no such model, or none that predicts the next token
         return None
     modules, inner, outer = dict(model.named_modules()), int(config["intermediate_size"]), int(config["hidden_size"])
-    biased = _biased(PART, config, modules, [(outer, inner), (outer, inner), (inner, outer)])
+    kind = GenericNormedHeadsFamily if name in NORMED_HEADS else GenericHeadsFamily
+    biased = _biased(kind, PART, config, modules, [(outer, inner), (outer, inner), (inner, outer)])
     if GenericFamily.embedding not in modules or biased is None:
         return None
     shape = attention.attention_shape({key: value for key, value in config.items() if key != attention.LAYER_KV_HEADS})
     across, within = shape.groups[0] * shape.span, shape.groups[0] * shape.head_dim
     sizes = [(outer, across), (outer, within), (outer, within), (across, outer)]
     stream, stays = STREAMS.get(name), _stream_stays(name, modules)
-    heads_biased = _biased(attention.PART, config, modules, sizes)
-    if name in WITH_HEADS and heads_biased is not None:
-        return GenericHeadsFamily(name, stream, attention_bias=heads_biased, biased=biased, stream_stays=stays)
-    return GenericFamily(
-        name, stream, biased=biased, heads_stay=_heads_stay(modules, shape.head_dim), stream_stays=stays
-    )
+    heads_biased = _biased(kind, attention.PART, config, modules, sizes)
+    if name not in WITH_HEADS or heads_biased is None:
+        return GenericFamily(name, stream, biased=biased, stream_stays=stays)
+    return kind(name, stream, attention_bias=heads_biased, biased=biased, stream_stays=stays)
 
 
-def _biased(part: str, config: ModelDict, modules: Modules, sizes: Sequence[tuple[int, int]]) -> bool | None:
+def _biased(
+    kind: type[GenericFamily], part: str, config: ModelDict, modules: Modules, sizes: Sequence[tuple[int, int]]
+) -> bool | None:
     """Whether the maps of a part have biases (of attention, the input maps); None if it is not the same in all layers.
 
     Args:
+        kind: adapter that names the modules.
         part: of every layer.
         config: the model's config.json.
         modules: the model's.
@@ -109,26 +125,16 @@ def _biased(part: str, config: ModelDict, modules: Modules, sizes: Sequence[tupl
     """
     found: set[bool] = set()
     for layer in range(int(config["num_hidden_layers"])):
-        site = GenericFamily("").modules(Site(layer, part))
+        site = kind("").modules(Site(layer, part))
         names = [*site.inputs.values(), site.output]
         maps = [one for name in names if isinstance(one := modules.get(name), torch.nn.Linear)]
-        if not _are_all(names, modules) or [(one.in_features, one.out_features) for one in maps] != sizes:
+        if (
+            not _are_all([*names, *site.norms], modules)
+            or [(one.in_features, one.out_features) for one in maps] != sizes
+        ):
             return None
         found |= {"bias" in dict(one.named_parameters()) for one in (maps if part == PART else maps[:-1])}
     return found.pop() if len(found) == 1 else None
-
-
-def _heads_stay(modules: Modules, head_dim: int) -> str:
-    """Why heads cannot go."""
-    layer = f"{GenericFamily.layers}.0.self_attn."
-    weights = {name: getattr(one, "weight", None) for name, one in modules.items() if name.startswith(layer)}
-    for name, weight in weights.items():
-        if isinstance(weight, torch.Tensor) and weight.dim() == 1 and len(weight) > head_dim:
-            return f"{name} is one norm over all heads, which would change with every head that leaves"
-    known = "q_proj, k_proj, v_proj and o_proj alone"
-    return (
-        f"self_attn must be {known} where a family has no adapter of its own, and that one of {', '.join(WITH_HEADS)}"
-    )
 
 
 def _stream_stays(name: str, modules: Modules) -> str:
@@ -143,7 +149,7 @@ def _stream_stays(name: str, modules: Modules) -> str:
 
 
 def _are_all(names: list[str], modules: Modules) -> bool:
-    """Whether nothing but these maps is there: a norm between them would mix the units."""
+    """Whether nothing but these is there: a norm between the maps would mix the units."""
     owner = names[0].rpartition(".")[0]
     if owner not in modules:
         return False

@@ -39,6 +39,10 @@ def locate(path: str, revision: str | None, weights: bool = True) -> Path:
         raise ConfigError(
             f"model.path={path!r} has no {WEIGHTS}; convert it with model.save_pretrained(..., safe_serialization=True)"
         )
+    if (directory / WEIGHTS).is_file() and (directory / INDEX).is_file():
+        raise ConfigError(
+            f"model.path={path!r} has both {WEIGHTS} and {INDEX}, and programs differ in which they read; remove one"
+        )
     missing = [file for file in weight_files(directory) if not (directory / file).is_file()]
     if missing:
         raise ConfigError(

@@ -41,6 +41,7 @@ class SiteModules:
         seen: modules that hand these on within the site's layer, at the places the output map reads, for inputs that do
             not lie there.
         leaves: what is observed is what leaves ``output``, and not what it is given.
+        norms: RMSNorms behind inputs, each over all units of the site at once; of those left, when some are gone.
     """
 
     inputs: Mapping[str, str]
@@ -48,6 +49,7 @@ class SiteModules:
     recorded: tuple[str, ...]
     seen: Mapping[str, str] = field(default_factory=dict[str, str])
     leaves: bool = False
+    norms: tuple[str, ...] = ()
 
     def seen_at(self, name: str) -> str:
         """The module whose outputs are a pre-activation signal."""
@@ -75,6 +77,8 @@ class MlpFamily(ABC):
     """Module name of what makes hidden states of the input."""
     attention_maps: ClassVar[tuple[str, ...]]
     """Names within a layer of the maps of queries, keys and values, or of the one they are, and of what reads heads."""
+    head_norms: ClassVar[tuple[str, ...]] = ()
+    """Names within a layer of RMSNorms over all query heads at once, and over all heads of keys."""
     mlp_maps: ClassVar[tuple[str, ...]]
     """Names within a layer of the maps that make neurons, and of the one that reads them."""
     mlp_signals: ClassVar[tuple[str, ...]] = ("input",)
@@ -102,7 +106,9 @@ class MlpFamily(ABC):
         names = self.attention_maps if heads else self.mlp_maps
         *inputs, output = (f"{self.layers}.{site.layer}.{name}" for name in names)
         signals = attention.SIGNALS[len(inputs)] if heads else self.mlp_signals
-        return SiteModules(dict(zip(signals, inputs, strict=True)), output, signals[-1:] if heads else signals)
+        norms = tuple(f"{self.layers}.{site.layer}.{name}" for name in self.head_norms if heads)
+        recorded = signals[-1:] if heads else signals
+        return SiteModules(dict(zip(signals, inputs, strict=True)), output, recorded, norms=norms)
 
     def on_disk(self, name: str) -> str:
         """What checkpoints call a module or parameter."""
@@ -124,7 +130,7 @@ class MlpFamily(ABC):
         """The site's modules, by names in checkpoints."""
         modules = self.modules(site)
         inputs = {signal: self.on_disk(name) for signal, name in modules.inputs.items()}
-        return SiteModules(inputs, self.on_disk(modules.output), modules.recorded)
+        return SiteModules(inputs, self.on_disk(modules.output), modules.recorded, norms=modules.norms)
 
     def widths(self, config: ModelDict, parts: Collection[str] = (PART,)) -> dict[Site, int]:
         """Units per site of some parts: the MLP neurons of every layer, and its KV groups."""
@@ -186,6 +192,7 @@ class MlpFamily(ABC):
         tensors = {f"{module}.weight": rows for module in modules.inputs.values()}
         if self.has_bias(config, site.part):
             tensors |= {f"{module}.bias": 0 for module in modules.inputs.values()}
+        tensors |= {f"{norm}.weight": 0 for norm in modules.norms}
         return {**tensors, f"{modules.output}.weight": 1 - rows}
 
     def solved(self, site: Site, config: ModelDict) -> tuple[str, ...]:
@@ -196,7 +203,8 @@ class MlpFamily(ABC):
         """Parameters that leave the model with one unit: rows of the input maps, their biases, columns."""
         if site.part == attention.PART:
             shape = attention.attention_shape(config)
-            return shape.unit_weights + shape.unit_biases * self.has_bias(config, site.part)
+            normed = (shape.span + shape.head_dim) * bool(self.head_norms)
+            return shape.unit_weights + shape.unit_biases * self.has_bias(config, site.part) + normed
         inputs = self.signals(site) - 1
         return (inputs + 1) * int(config["hidden_size"]) + (inputs if self.has_bias(config) else 0)
 

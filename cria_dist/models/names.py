@@ -7,7 +7,10 @@ the shared ones; in files it has the family's own.
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from cria_dist.errors import ConfigError
 
 SHARED = ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers")
 
@@ -22,6 +25,24 @@ def own_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """Inverse of :func:`shared_names`."""
     own = _own_names(config)
     return {own.get(key, key): value for key, value in config.items()}
+
+
+def parsed(config: Mapping[str, Any]) -> PretrainedConfig:
+    """A config.json's content as ``transformers`` understands it.
+
+    Raises:
+        ConfigError: a value is of another type than the architecture's.
+        ValueError: ``transformers`` does not know the architecture.
+    """
+    try:
+        return AutoConfig.for_model(**config)
+    except StrictDataclassError as error:
+        raise damaged(" ".join(str(error).split())) from error
+
+
+def damaged(reason: str) -> ConfigError:
+    """The error for a config.json that cannot be what was saved, where its folder is not known."""
+    return ConfigError(f"the model's config.json is damaged ({reason}); take a whole copy of the model")
 
 
 def _own_names(config: Mapping[str, Any]) -> Mapping[str, str]:

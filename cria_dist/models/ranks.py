@@ -17,7 +17,7 @@ from cria_dist.errors import ConfigError
 TIMEOUT = timedelta(minutes=30)
 """For every collective: so far apart may the ranks of a large model be when they have loaded it. A rank that dies is
 noticed at once on CPU (gloo's sockets close) and by the pool everywhere; this is for one that hangs."""
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "CRIA_MEETING")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Ranks:
 
 
 def join(size: int) -> Ranks:
-    """Meet the other processes of this worker, as the environment says (``RANK``, ``MASTER_ADDR``, ...).
+    """Meet the other processes of this worker at the URL in ``CRIA_MEETING``, as one of ``WORLD_SIZE``.
 
     Raises:
         ConfigError: this process was not started as one of so many.
@@ -69,13 +69,20 @@ def join(size: int) -> Ranks:
             f"record.schedule=tensor needs {size} processes that know each other, this one knows of "
             f"{place['WORLD_SIZE'] or 'none'}; set run.pool=ray or another record.schedule"
         )
+    rank = int(os.environ["RANK"])
+    group: dict[str, Any] = {
+        "init_method": os.environ["CRIA_MEETING"],
+        "rank": rank,
+        "world_size": size,
+        "timeout": TIMEOUT,
+    }
     if torch.cuda.is_available():
         device = _own_gpu()
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", **group, device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    return Ranks(dist.get_rank(), size)
+        dist.init_process_group("gloo", **group)
+    return Ranks(rank, size)
 
 
 def leave() -> None:

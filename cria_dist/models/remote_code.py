@@ -25,6 +25,12 @@ from cria_dist.models.widths import tell_heads
 from cria_dist.records import Site
 
 FILE = "modeling_pruned.py"
+NORMS = """\
+            for name in {names}:  # over all heads at once
+                norm = layer.get_submodule(name)
+                norm.weight = torch.nn.Parameter(norm.weight.new_empty(len(norm.weight) // groups * kept))
+"""
+"""What the file says where heads go through norms together."""
 TASKS: Mapping[Takes, tuple[str, Any]] = {
     "tokens": ("ForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING),
     "sentences": ("ForSequenceClassification", MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
@@ -73,7 +79,7 @@ class Pruned$task($model):
             resize(layer, *MAPS["attention"], kept, groups)
             owner = layer.get_submodule(MAPS["attention"][1].rpartition(".")[0])
             tell_heads(owner, kept, config.num_attention_heads // groups)
-
+$norms
 
 def resize(layer, inputs, output, kept, units):
     """Replace linear maps of a layer by ones with the kept units."""
@@ -114,7 +120,8 @@ def with_modeling_file(target: Path, config: Mapping[str, Any]) -> dict[str, Any
     names = {"model": model.__name__, "config": settings.__name__, "task": task}
     places = {"layers": family.layers, "width": family.width_key}
     maps = {part: _maps(family, part) if part in family.parts else ((), "") for part in (PART, attention.PART)}
-    source = MODELING.substitute(names, **places, **maps, tell_heads=inspect.getsource(tell_heads))
+    norms = NORMS.format(names=family.head_norms) if family.head_norms else ""
+    source = MODELING.substitute(names, **places, **maps, norms=norms, tell_heads=inspect.getsource(tell_heads))
     write_bytes(target / FILE, source.encode())
     return {**plain, "auto_map": AUTO_MAPS[family.takes]}
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from cria_dist.errors import PlanError
@@ -14,6 +13,7 @@ from cria_dist.models import checkpoint, depth, writing
 from cria_dist.models.experts import assembled, taken_apart
 from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.models.operations import Operations, Selection
+from cria_dist.models.stored import StoredTensors
 from cria_dist.models.streaming import Piece, WindowReader, in_memory, write_pieces
 from cria_dist.records import Site
 
@@ -91,15 +91,11 @@ class Surgery:
         sites = {self.family.numbered(Site.from_key(key)): kept for key, kept in depth.within_layers(self.kept).items()}
         return {prefix: kept for prefix, kept in sites.items() if prefix is not None}
 
-    def replacements(self) -> dict[str, torch.Tensor]:
-        """Tensors the repair re-solved or added, by name."""
+    def replacements(self) -> Mapping[str, torch.Tensor]:
+        """Tensors the repair re-solved or added, by name; each is read when it is asked for."""
         if self.repair is None:
             return {}
-        return {
-            name: tensor
-            for key in self._repaired()
-            for name, tensor in load_file(self.repair / f"{key}.safetensors").items()
-        }
+        return StoredTensors([self.repair / f"{key}.safetensors" for key in self._repaired()])
 
     def _repaired(self) -> list[str]:
         """Sites within the layers that stay."""
@@ -131,7 +127,7 @@ def pruned_copy(model: PreTrainedModel, surgery: Surgery) -> PreTrainedModel:
         state[name] = assembled(pieces, parts.__getitem__)
     for name, size in surgery.zero_biases().items():
         state[name] = torch.zeros(size, dtype=model.dtype, device=model.device)
-    new = {name: tensor for name, tensor in operations.replacements.items() if name not in there}
+    new = {name: operations.replacements[name] for name in operations.replacements if name not in there}
     state |= {name: tensor.to(model.device, model.dtype) for name, tensor in new.items()}
     pruned = checkpoint.empty_model(surgery.pruned_config())
     stay = f"{family.layers}.", surgery.layers
@@ -183,7 +179,7 @@ def _additions(
     dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """New tensors (biases of the repair) go into the file that holds the weight they belong to."""
-    new = {name: tensor.to(dtype) for name, tensor in replacements.items() if name not in locations}
+    new = {name: replacements[name].to(dtype) for name in replacements if name not in locations}
     new |= {name: torch.zeros(size, dtype=dtype) for name, size in surgery.zero_biases().items()}
     return {name: tensor for name, tensor in new.items() if locations[name.replace(".bias", ".weight")] == file}
 

@@ -31,6 +31,9 @@ def resize_layers(model: PreTrainedModel, family: MlpFamily, config: ModelDict) 
         for name in modules.inputs.values():
             _replace(model, name, "out_features", width, built[site])
         _replace(model, modules.output, "in_features", width, built[site])
+        for name in modules.norms:
+            norm: Any = model.get_submodule(name)
+            norm.weight = torch.nn.Parameter(norm.weight.new_empty(len(norm.weight) // built[site] * width))
         if site.part == attention.PART:
             queries = attention.attention_shape(config).queries
             tell_heads(model.get_submodule(modules.output.rpartition(".")[0]), width, queries)

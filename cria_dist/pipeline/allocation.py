@@ -12,10 +12,10 @@ import numpy as np
 from cria_dist import files
 from cria_dist.errors import PlanError
 from cria_dist.maths.allocation_curves import Curve, measured_widths, sensitivity_widths
-from cria_dist.maths.allocation_mixed import mixed_widths
+from cria_dist.maths.allocation_mixed import alike_widths, mixed_widths
 from cria_dist.maths.allocation_rooms import Room, check_floors, even_widths
 from cria_dist.maths.allocation_scores import global_widths
-from cria_dist.models import depth
+from cria_dist.models import depth, experts
 from cria_dist.pipeline import latency
 from cria_dist.pipeline.context import Context
 from cria_dist.records import Site
@@ -96,12 +96,21 @@ def _layers(spread: Spread) -> list[str]:
 
 
 def _least_loss(curves: Mapping[str, Curve], spread: Spread) -> dict[str, int]:
-    """The best widths by the measured curves; whole layers are weighed against the units inside them."""
-    layers = _layers(spread)
-    if not layers:
-        return sensitivity_widths(curves, spread.rooms, spread.left)
-    inside = {key: [other for other in spread.rooms if other != key and _same_layer(other, key)] for key in layers}
-    return mixed_widths(curves, spread.rooms, spread.left, inside)
+    """The best widths by the measured curves; whole layers are weighed against the units inside them.
+
+    Experts are as many in every layer that stays.
+    """
+    inside = {
+        key: [other for other in spread.rooms if other != key and _same_layer(other, key)] for key in _layers(spread)
+    }
+    alike = [key for key in spread.rooms if Site.from_key(key).part == experts.PART]
+
+    def solve(rooms: Mapping[str, Room]) -> dict[str, int]:
+        if not inside:
+            return sensitivity_widths(curves, rooms, spread.left)
+        return mixed_widths(curves, rooms, spread.left, inside, spent=bool(alike))
+
+    return alike_widths(solve, curves, spread.rooms, alike, inside) if alike else solve(spread.rooms)
 
 
 def _same_layer(key: str, other: str) -> bool:

@@ -19,13 +19,13 @@ FILE = "latency-{}.json"
 
 def settings(context: Context) -> list[object]:
     """What a decision depends on beside the settings where the budget is time: the times as they were measured."""
-    return [files.digest(_table(context).read_bytes())] if context.job.config.prune.budget == "latency" else []
+    return [files.digest(table(context).read_bytes())] if context.job.config.prune.budget == "latency" else []
 
 
 def budget(context: Context) -> Budget:
     """What a unit of each site costs, in milliseconds of the whole model."""
     job = context.job
-    record = files.read_json(_table(context))
+    record = files.read_json(table(context))
     parts = {part: tuple((int(width), float(time)) for width, time in rows) for part, rows in record["parts"].items()}
     times = LayerTimes(record["model_ms"], record["layer_ms"], parts)
     return budget_of_times(times, sites_of(job.config, job.family, job.model_config))
@@ -42,8 +42,8 @@ def budget_of_times(times: LayerTimes, sites: dict[Site, int]) -> Budget:
     return Budget(cost, times.model_ms, {site: times.parts[site.part] for site in sites if site.part != depth.PART})
 
 
-def _table(context: Context) -> Path:
-    """The file with the times; measured if no run has it."""
+def table(context: Context) -> Path:
+    """The file with the times; measured if no run has it, which must have the machine to itself."""
     job, prune = context.job, context.job.config.prune
     first = {site.part: (width, multiple_of(prune, site)) for site, width in job.widths.items() if site.layer == 0}
     widths = {

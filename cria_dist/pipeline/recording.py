@@ -4,7 +4,6 @@ import functools
 from collections.abc import Collection
 from pathlib import Path
 
-from cria_dist import files
 from cria_dist.models import checkpoint, depth
 from cria_dist.pipeline.context import Context
 from cria_dist.records import Site
@@ -26,16 +25,7 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
     """
     job, config = context.job, context.job.config
     shards = num_shards(config)
-    digest = files.digest(
-        "record",
-        model_digest,
-        job.calibration_digest,
-        config.record.content_part(),
-        [job.numerics.dtype, job.numerics.matmul, config.seed],
-        *(["hidden"] if config.records_hidden else []),
-        *job.other_parts,
-    )
-    recording = open_recording(folder, config.record.storage, digest)
+    recording = open_recording(folder, config.record.storage, job.recording_digest(model_digest))
     if recording.is_complete():
         context.progress.note(f"{name}: complete, {shards} shards")
         return recording

@@ -141,16 +141,17 @@ def verify_exports(context: Context, pruned: Model, recovered: Model | None) -> 
 
     What the run ends with is held against the loaders of other programs too.
     """
-    job = context.job
+    job, python = context.job, context.job.config.run.vllm_python
     exports: list[verify.Export] = []
     for model in (pruned, recovered):
         if model is not None:
             final = model is (recovered or pruned)
-            key = files.digest("verify", model.digest, *job.test_digests, job.numerics.dtype, final)
+            asked = [python] if python and final else []
+            key = files.digest("verify", model.digest, *job.test_digests, final, *asked)
             record = job.folder / "evaluations" / f"verified-{key[:16]}.json"
             exports.append(verify.Export(model.directory, _reference(context, model), record, final))
     missing = [export for export in exports if not export.record.is_file()]
-    make = functools.partial(verify.Verifier, job.test_path, job.numerics.dtype)
+    make = functools.partial(verify.Verifier, job.test_path, python)
     context.map(("verify", "checkpoints"), make, missing, workers=1)
     found: dict[str, str] = {}
     for export in exports:

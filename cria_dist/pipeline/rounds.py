@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from cria_dist import files
 from cria_dist.errors import DataError
 from cria_dist.maths.allocation import width_after_round
 from cria_dist.methods import Method
+from cria_dist.methods.base import Statistic
 from cria_dist.methods.layers import LayerMethod
 from cria_dist.methods.weights import WeightMethod
 from cria_dist.models import checkpoint, residual, surgery
@@ -78,21 +79,26 @@ def analyse_sites(context: Context, name: str, folder: Path, recording: Recordin
         return digest
     saliences = take_gradients(context, f"{name}: gradients", folder, model.directory, model.digest, method)
     gates = learn_gates(context, f"{name}: learn", folder, model.directory, model.digest, method)
-    sharing = _analysts_per_device(context)
+    sharing, workers = _at_a_time(context, method.needs)
     task = analyse.AnalyseTask(
         recording, model.directory, method, folder, digest, job.config.seed, sharing, saliences, gates
     )
-    context.map((name, "sites"), functools.partial(analyse.Analyst, task), missing, flow=Flow(sharing=sharing))
+    make = functools.partial(analyse.Analyst, task)
+    context.map((name, "sites"), make, missing, workers=workers, flow=Flow(sharing=sharing))
     return digest
 
 
-def _analysts_per_device(context: Context) -> int:
-    """Several analysts share a GPU when its memory allows."""
-    job = context.job
-    if not context.pool.on_gpus:
-        return 1
-    available = memory.of_worker(job.config, context.pool)
-    return analyse.analysts_per_device(job.config.record.tokens, max(job.widths.values()), available)
+def _at_a_time(context: Context, needs: Collection[Statistic]) -> tuple[int, int | None]:
+    """How many workers that read these statistics share a GPU, and without GPUs how many there may be, by memory."""
+    job, pool = context.job, context.pool
+    if pool.workers == 1 and not pool.on_gpus:
+        return 1, None
+    width = analyse.widest_site(job.family, job.model_config, job.config.prune.parts)
+    size = analyse.analyst_bytes(needs, job.config.record.tokens, width, int(job.model_config["hidden_size"]))
+    available = memory.of_worker(job.config, pool)
+    if pool.on_gpus:
+        return analyse.analysts_per_device(size, available), None
+    return 1, analyse.analysts_at_a_time(size, available, pool.workers)
 
 
 def decide_round(
@@ -189,7 +195,9 @@ def repair_sites(
     )
     sites = [site for site in sorted(context.job.widths) if task.kept[site.key]]
     missing = [site for site in sites if not repair.is_repaired(task.folder, site, task.digest)]
-    context.map((name, "sites"), functools.partial(repair.Repairer, task), missing)
+    # they compute on the host, whose memory is not known where workers measure their GPU's
+    workers = None if context.pool.on_gpus or not missing else _at_a_time(context, {"moments", "weights"})[1]
+    context.map((name, "sites"), functools.partial(repair.Repairer, task), missing, workers=workers)
     return task.folder
 
 

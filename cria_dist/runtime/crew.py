@@ -1,11 +1,10 @@
 """One worker of a pool: an actor, or a crew of actors that run every item together and fail together.
 
 A crew is placed on one node (``STRICT_PACK``). Each of its processes finds ``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``,
-``LOCAL_WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` in its environment, as ``torch.distributed`` expects.
+and ``LOCAL_WORLD_SIZE`` in its environment, and where they meet in ``CRIA_MEETING``.
 """
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,24 +17,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cria_dist.errors import CriaError
 from cria_dist.pool import as_worker_error
+from cria_dist.runtime import meeting
 
 Item = TypeVar("Item")
 MakeWorker = Callable[[], Callable[[Any], Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a process of a crew is.
-
-    Attributes:
-        host: IP address of its node.
-        port: a port that was free there a moment ago.
-        gpus: ids of the GPUs Ray gave it.
-    """
-
-    host: str
-    port: int
-    gpus: tuple[str, ...]
 
 
 class _Host:
@@ -44,29 +29,31 @@ class _Host:
     def __init__(self) -> None:
         self._stage = -1
         self._worker: Callable[[Any], Any] | None = None
+        self._place: str | None = None
 
-    def address(self) -> Address:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        return Address(ray.util.get_node_ip_address(), port, tuple(gpus))
+    def gpus(self) -> tuple[str, ...]:
+        return tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
 
-    def join(self, rank: int, *crew: Address) -> None:
+    def new_place(self) -> str:
+        return meeting.new_place()
+
+    def join(self, rank: int, place: str, *gpus: tuple[str, ...]) -> None:
+        self._place = place
+        meeting.stay_on_loopback()
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(len(crew)),
-            "LOCAL_WORLD_SIZE": str(len(crew)),
-            "MASTER_ADDR": crew[0].host,
-            "MASTER_PORT": str(crew[0].port),
+            "WORLD_SIZE": str(len(gpus)),
+            "LOCAL_WORLD_SIZE": str(len(gpus)),
         }
-        if crew[0].gpus:  # LOCAL_RANK counts the devices of the crew, so every process has to see them all
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for one in crew for gpu in one.gpus)
+        if gpus[0]:  # LOCAL_RANK counts the devices of the crew, so every process has to see them all
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for one in gpus for gpu in one)
 
     def run(self, stage: int, make_worker: MakeWorker, item: Any) -> Any:
         if self._worker is None or stage != self._stage:
             self._worker = None
+            if self._place is not None:  # a file serves one meeting only
+                os.environ["CRIA_MEETING"] = f"{self._place}-{stage}"
             self._worker = make_worker()
             self._stage = stage
         return self._worker(item)
@@ -124,9 +111,10 @@ class Crew(Generic[Item]):
         self.is_ready = False
         self._group = _pack(shape) if shape.ranks > 1 else None
         self._hosts = [_start(shape, self._group, rank) for rank in range(shape.ranks)]
-        self.pending: list[Any] = [host.address.remote() for host in self._hosts]
+        self.pending: list[Any] = [host.gpus.remote() for host in self._hosts]
         if self._group is not None:
-            self.pending = [host.join.remote(rank, *self.pending) for rank, host in enumerate(self._hosts)]
+            place = self._hosts[0].new_place.remote()
+            self.pending = [host.join.remote(rank, place, *self.pending) for rank, host in enumerate(self._hosts)]
         self._answer_of_first = self.pending[0]
         self._result: Any = None
 

@@ -11,7 +11,6 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import ray
 
 from cria_dist.config import RunConfig
@@ -73,14 +72,8 @@ def _start_private(config: RunConfig) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT | {"GLOO_SOCKET_IFNAME": _loopback()}},
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
-
-
-def _loopback() -> str:
-    """Name of the interface that only this machine reaches; gloo would listen where the host's name leads to."""
-    interfaces = psutil.net_if_addrs()
-    return next(name for name, ours in interfaces.items() if any(one.address == "127.0.0.1" for one in ours))
 
 
 def _join(address: str) -> None:

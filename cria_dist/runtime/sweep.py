@@ -1,8 +1,8 @@
 """A sweep on Ray Tune: record and score once on all workers, prune and recover in trials, measure one after another.
 
-Trials do not time anything, for they share the machine. When all are through, every run is finished by itself: its
-latency, its report. A sweep that was interrupted goes on: Tune knows which trials are done, and each run knows how far
-it is.
+Trials do not time anything, for they share the machine: what a budget of time is counted in is there before they
+begin. When all are through, every run is finished by itself: its latency, its report. A sweep that was interrupted goes
+on: Tune knows which trials are done, and each run knows how far it is.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import torch
 
 from cria_dist import locks
 from cria_dist.errors import ConfigError, WorkerError
-from cria_dist.pipeline import Context, prune
+from cria_dist.pipeline import Context, latency, prune
 from cria_dist.pool import LocalPool
 from cria_dist.records import Stage
 from cria_dist.report.progress import Progress
@@ -78,6 +78,7 @@ def carry_out(sweep: Sweep, workers: int) -> list[Row]:
     state = "failed"
     try:
         _share_scores(sweep, everything, progress)
+        _share_times(sweep, everything, progress)
         tried = trials.carry_out(sweep, share.context, progress)
         rows = _measure(tried.trials, everything, progress)
         sweep_results.write(rows, sweep.folder)
@@ -96,6 +97,19 @@ def _share_scores(sweep: Sweep, share: Share, progress: Progress) -> None:
         for trial in reversed(distinct.values()):
             context = share.context(trial, "analyse")
             prune(context, trial.command, "analyse")
+            context.pool.release()
+            bar.advance()
+
+
+def _share_times(sweep: Sweep, share: Share, progress: Progress) -> None:
+    """Measure once what a budget of time is counted in: trials would disturb each other, so they take it over."""
+    timed = [trial for trial in sweep.trials if trial.config.prune.budget == "latency"]
+    if not timed:
+        return
+    with progress.stage("measure latency", total=len(timed), unit="trials") as bar:
+        for trial in timed:
+            context = share.context(trial, "decide")
+            latency.table(context)
             context.pool.release()
             bar.advance()
 

@@ -11,6 +11,7 @@ import ray.train.torch
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cria_dist.errors import ConfigError, CriaError, WorkerError
+from cria_dist.runtime.meeting import FileMeeting
 from cria_dist.stages import training
 from cria_dist.stages.recover import Checkpoint, Place, RecoverTask
 from cria_dist.stages.training import TrainTask, stage_of
@@ -48,6 +49,7 @@ class RayTrainer:
         trainer = ray.train.torch.TorchTrainer(
             _train_worker,
             train_loop_config={"task": task},
+            torch_config=FileMeeting(),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.workers, use_gpu=self.use_gpu, resources_per_worker=each
             ),

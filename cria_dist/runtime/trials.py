@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean in a run
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints tables at any verbosity
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folder has everything
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it ends quietly, as if all trials were done
 }
 LOOK_SECONDS = 1.0
 

@@ -1,6 +1,7 @@
 """Analyse: one site at a time, from recorded statistics to scores and spectrum."""
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from cria_dist import arrays
 from cria_dist.errors import NumericError
 from cria_dist.maths import density
 from cria_dist.methods import Method, SiteStatistics
+from cria_dist.methods.base import Statistic
 from cria_dist.models import checkpoint, experts
 from cria_dist.models.family import family_of
+from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.records import Float64, Scores, Site
 from cria_dist.store.gates import Gates
 from cria_dist.store.recording import Recording
@@ -49,15 +52,39 @@ class AnalyseTask:
     gates: Gates | None = None
 
 
-def analyst_bytes(tokens: int, width: int) -> int:
-    """Memory of one analyst: three signals, their working copies, and dense matrices where the spectrum is exact."""
+def analyst_bytes(needs: Collection[Statistic], tokens: int, width: int, hidden: int) -> int:
+    """Memory of one analyst or repairer, by the statistics it reads.
+
+    Signals: three, their working copies, and dense matrices where the spectrum is exact. Moments: the Gram matrix in
+    float64, and what its inversion holds beside it (5.2 matrices in all, as measured). Weights: the maps of a unit in
+    float64, of which those that go in are gone when the moments come.
+
+    Args:
+        needs: the statistics.
+        tokens: sampled tokens.
+        width: signals of the site: units, or their spans together.
+        hidden: outputs of the next linear map.
+    """
     dense = 4 * 8 * width * width if width <= density.EXACT_LIMIT else 0
-    return 6 * 4 * tokens * width + dense
+    signals = 6 * 4 * tokens * width + dense if "signals" in needs else 0
+    moments = 6 * 8 * width * width + 2 * 8 * hidden * width if "moments" in needs else 0
+    weights = 5 * 8 * hidden * width if "weights" in needs else 0
+    return signals + max(moments, weights)
 
 
-def analysts_per_device(tokens: int, width: int, available: int) -> int:
-    """How many analysts of this size one GPU holds at the same time."""
-    return max(1, min(MOST_PER_DEVICE, available // analyst_bytes(tokens, width)))
+def analysts_per_device(size: int, available: int) -> int:
+    """How many analysts of this size (bytes) one GPU holds at the same time."""
+    return max(1, min(MOST_PER_DEVICE, available // max(size, 1)))
+
+
+def analysts_at_a_time(size: int, available: int, workers: int) -> int:
+    """How many workers without GPUs may be analysts of this size, where each was to have ``available`` bytes."""
+    return max(1, min(workers, workers * available // max(size, 1)))
+
+
+def widest_site(family: MlpFamily, config: ModelDict, parts: Collection[str]) -> int:
+    """Most signals of a site."""
+    return max(width * family.span(site, config) for site, width in family.widths(config, parts).items())
 
 
 class Analyst:

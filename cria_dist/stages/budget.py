@@ -8,7 +8,7 @@ from cria_dist.config import PruneConfig, RunConfig
 from cria_dist.errors import ConfigError, PlanError
 from cria_dist.maths.allocation import uniform_widths, units_ratio_for_parameters
 from cria_dist.maths.allocation_rooms import Room, check_floors, even_widths, room
-from cria_dist.models import depth, residual
+from cria_dist.models import depth, experts, residual
 from cria_dist.models.attention import attention_shape
 from cria_dist.models.macs import macs_of_layers, macs_per_position
 from cria_dist.models.mlp import MlpFamily
@@ -32,6 +32,7 @@ class Budget:
         unit_cost: what leaves with one unit of a site, by site; with a whole layer, what is in none of its units.
         total: what the dense model has of it, also where nothing can be removed.
         measured: cost by width where it was measured and is no multiple of the width, by site (milliseconds).
+        needed: fewest units the model computes with, by site; one where nothing is said.
     """
 
     unit_cost: Mapping[Site, float]
@@ -39,6 +40,7 @@ class Budget:
     measured: Mapping[Site, tuple[tuple[int, float], ...]] = field(
         default_factory=dict[Site, tuple[tuple[int, float], ...]]
     )
+    needed: Mapping[Site, int] = field(default_factory=dict[Site, int])
 
     def left(self, widths: Mapping[Site, int], prune: PruneConfig, round_index: int) -> float:
         """What may stay at the sites of a dense model after a round; every round takes the same part."""
@@ -66,7 +68,9 @@ def budget_of(config: RunConfig, family: MlpFamily, model_config: Mapping[str, A
         sizes = sizes_of(model_config, family).layers
         whole = dict(enumerate(sizes if measure != "macs" else macs_of_layers(model_config, family, length)))
     inside = {layer: sum(cost[site] * units[site] for site in units if site.layer == layer) for layer in whole}
-    return Budget(cost | {Site(layer, depth.PART): whole[layer] - inside[layer] for layer in whole}, total)
+    cost |= {Site(layer, depth.PART): whole[layer] - inside[layer] for layer in whole}
+    needed = {site: experts.per_token(model_config) for site in units if site.part == experts.PART}
+    return Budget(cost, total, needed=needed)
 
 
 def sites_of(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> dict[Site, int]:
@@ -131,9 +135,10 @@ def rooms_of(
     rooms: dict[str, Room] = {}
     for site, width in dense.items():
         here, multiple, cost = present[site.key], multiple_of(prune, site), budget.unit_cost[site]
-        smallest = 0 if site.part == depth.PART else room(width, prune.floor, multiple, cost).smallest
+        needed = budget.needed.get(site, 1)
+        smallest = 0 if site.part == depth.PART else max(needed, room(width, prune.floor, multiple, cost).smallest)
         smallest = here if site.layer in protected else min(smallest, here)
-        rooms[site.key] = Room(here, smallest, multiple, cost, budget.measured.get(site, ()))
+        rooms[site.key] = Room(here, smallest, multiple, cost, budget.measured.get(site, ()), needed)
     return rooms
 
 

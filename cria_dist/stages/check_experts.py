@@ -39,10 +39,16 @@ def check_experts(config: RunConfig, family: MlpFamily, model_config: Mapping[st
         return
     if other := [one.title for one in methods if not one.scores_experts]:
         raise ConfigError(f"{other[0]} does not score experts; choose activation, magnitude, taylor or random")
-    if prune.repair != "none" or prune.allocation != "uniform" or prune.budget not in ("units", "parameters"):
+    allocations = ("uniform",) if prune.units == (experts.PART,) else ("uniform", "sensitivity")
+    if prune.repair != "none" or prune.allocation not in allocations or prune.budget not in ("units", "parameters"):
         raise ConfigError(
             f"prune.units={list(prune.units)} with repair={prune.repair}, allocation={prune.allocation} and "
             f"budget={prune.budget}: nothing is solved anew for an expert that goes, all layers keep the same number, "
-            "and a token goes through as many as before; set prune.repair=none, prune.allocation=uniform and "
-            "prune.budget=units or parameters"
+            "and a token goes through as many as before; set prune.repair=none, prune.allocation="
+            f"{' or '.join(allocations)} and prune.budget=units or parameters"
+        )
+    if prune.protect:
+        raise ConfigError(
+            f"prune.protect={list(prune.protect)}: all layers have the same number of experts, so that none is left "
+            "alone; leave it out"
         )

@@ -14,16 +14,28 @@ def check_recovery(config: RunConfig, family: MlpFamily, model_config: ModelDict
         ConfigError: names what is missing, or what does not go together.
     """
     if config.recover.steps:
+        _check_patience(config, family)
         _check_language_options(config.recover, family, model_config)
         _check_augmentation(config.recover, family, model_config)
         _check_adapters(config)
         _check_teacher(config, family)
 
 
+def _check_patience(config: RunConfig, family: MlpFamily) -> None:
+    """Stopping early holds sequences out; one must be left to train on."""
+    data, recover = config.data, config.recover
+    there = data.calibration_sequences
+    if family.takes == "tokens":
+        there = there * data.sequence_length // recover.sequence_length
+    if recover.patience and there < 2:
+        raise ConfigError(
+            f"recover.patience={recover.patience} holds training sequences out, and the calibration corpus makes "
+            f"{there} of recover.sequence_length={recover.sequence_length}; set recover.patience=0, or take more text"
+        )
+
+
 def _check_language_options(recover: RecoverConfig, family: MlpFamily, model_config: ModelDict) -> None:
-    """Classifiers are small, and their examples differ in length: workers would not gather equally often."""
-    if family.takes != "tokens" and recover.strategy == "fsdp2":
-        raise ConfigError("recover.strategy='fsdp2' is for language models; set recover.strategy='ddp'")
+    """Hidden states are compared token by token, and of layers that are there."""
     if family.takes != "tokens" and recover.distill_hidden:
         raise ConfigError(
             f"recover.distill_hidden={recover.distill_hidden:g} is for language models; set recover.distill_hidden=0"

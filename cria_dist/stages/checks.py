@@ -1,23 +1,22 @@
 """Rules that the parts of a configuration must keep between them, checked before anything is computed."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cria_dist import files
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.methods import Method
 from cria_dist.methods.gates import GateMethod
-from cria_dist.models import attention, checkpoint, residual
+from cria_dist.models import residual
 from cria_dist.models.mlp import MlpFamily
-from cria_dist.models.shapes import stored_tensors
-from cria_dist.models.streaming import DTYPES
-from cria_dist.records import Site
-from cria_dist.stages.check_experts import check_experts, expert_tensors
+from cria_dist.records import Site, Stage
+from cria_dist.stages.check_experts import check_experts
 from cria_dist.stages.check_residual import check_residual
-from cria_dist.stages.estimate import RECORDED, bytes_of_run
-from cria_dist.stages.footprint import in_units
+from cria_dist.stages.footprint import in_units, itemsize
+
+log = logging.getLogger(__name__)
 
 
 def check_methods(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[str, int]) -> None:
@@ -109,45 +108,25 @@ def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str,
         )
 
 
-def check_tensors(model_dir: Path, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
-    """The checkpoint must have what is to be pruned, under the names of the stock class, in types that are written."""
-    there = stored_tensors(model_dir)
-    odd = [f"{name} is {tensor.dtype}" for name, tensor in there.items() if tensor.dtype not in DTYPES.values()]
-    if odd:
-        raise ConfigError(
-            f"{model_dir}: {odd[0]}, and checkpoints are written in {', '.join(DTYPES.values())}; give the checkpoint "
-            "in float32, bfloat16 or float16"
-        )
-    _check_sizes(model_dir, family, model_config)
-    wanted = [name for site in family.widths(model_config) for name in family.coupled_tensors(site, model_config)]
-    shapes = {family.on_disk(name): one.shape for name, one in checkpoint.empty_model(model_config).named_parameters()}
-    for name in sorted(shapes.keys() & there.keys()):
-        if tuple(shapes[name]) != tuple(there[name].shape):
-            raise ConfigError(
-                f"{model_dir}: {name} has shape {tuple(there[name].shape)}, config.json says {tuple(shapes[name])}; is "
-                "config.json of another model?"
-            )
-    if family.takes != "tokens":  # transformers would make up the head that a checkpoint of another task lacks
-        wanted += shapes
-    wanted += expert_tensors(family, model_config)
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        raise ConfigError(
-            f"{model_dir} has no tensor {missing[0]!r}; give a checkpoint that save_pretrained wrote of the model with "
-            f"its head ({checkpoint.stock_class(model_config).__name__}) and of this config.json"
-        )
+def warn_of_memory(config: RunConfig, parameters: int, until: Stage) -> None:
+    """Recording needs a block of layers at a time; what measures losses or gradients has the whole model in a worker.
 
-
-def _check_sizes(model_dir: Path, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
-    """The sizes that are counted with must be in config.json; ``transformers`` would take its defaults."""
-    heads = ("num_attention_heads",) if attention.PART in family.parts else ()
-    missing = [key for key in ("hidden_size", "num_hidden_layers", *heads) if key not in model_config]
-    try:
-        family.widths(model_config)
-    except KeyError as error:
-        missing.append(error.args[0])
-    if missing:
-        raise checkpoint.damaged(model_dir / "config.json", f"it has no {missing[0]!r}")
+    A warning, for ``record.memory_gb`` may be less than what there is.
+    """
+    needed, given = parameters * itemsize(config.model.dtype), config.record.memory_gb
+    whole = ["evaluate (hence prune)"] if until == "evaluate" else []
+    if config.prune.allocation != "uniform" and until not in ("record", "analyse"):
+        whole.append(f"prune.allocation={config.prune.allocation}")
+    if until != "record":
+        whole += [one.title for one in (config.method, *config.compare) if one.needs & {"gradients", "gates"}]
+    if given is not None and needed > given * 1e9 and whole:
+        log.warning(
+            "%s: a worker holds the whole model, %s, and record.memory_gb=%g; take a larger device, or stop before it "
+            "(cria apply, cria recover) and evaluate elsewhere",
+            whole[0],
+            in_units(needed),
+            given,
+        )
 
 
 def check_sampling(config: RunConfig, positions: int) -> None:
@@ -158,21 +137,6 @@ def check_sampling(config: RunConfig, positions: int) -> None:
         raise ConfigError(
             f"record.tokens={record.tokens} is more than the {available} tokens of {data.calibration_sequences} "
             f"calibration sequences without their first; lower it or raise data.calibration_sequences"
-        )
-
-
-def check_disk(
-    config: RunConfig, model_config: Mapping[str, Any], family: MlpFamily, folder: Path, parameters: int
-) -> None:
-    """What the run writes must fit on the volume of its folder."""
-    parts = bytes_of_run(config, model_config, family, parameters)
-    elsewhere = RECORDED if config.record.storage is not None else ()
-    needed = sum(size for name, size in parts.items() if name not in elsewhere)
-    free = files.free_bytes(folder)
-    if needed > free:
-        raise ConfigError(
-            f"the run needs {in_units(needed)} below {folder} and {in_units(free)} are free; lower "
-            "record.tokens, raise record.shard_sequences, or set run.root to a larger volume"
         )
 
 

@@ -13,7 +13,8 @@ from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.stages import memory, probe, schedule
-from cria_dist.stages.analyse import analyst_bytes
+from cria_dist.stages.analyse import analyst_bytes, widest_site
+from cria_dist.stages.check_tensors import check_sizes, check_tensors
 from cria_dist.stages.footprint import Workload, in_units, itemsize, num_shards, signal_dtype
 from cria_dist.store.moments import stored_bytes
 
@@ -57,13 +58,15 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
         measured: take the time from recording a part of the model in this process; else from matrix products.
 
     Raises:
-        ConfigError: the model cannot be found or its family is not known.
+        ConfigError: the model cannot be found or its family is not known, or what is there of it is damaged.
     """
     directory = location.locate(config.model.path, config.model.revision, weights=measured)
     model_config = checkpoint.read_config(directory)
     family = family_of(model_config)
+    check = check_tensors if checkpoint.is_complete(directory) else check_sizes
+    check(directory, family, model_config)
     work = Workload(config, model_config)
-    widest = max(work.sizes.widths)
+    widest, signals = max(work.sizes.widths), widest_site(family, model_config, work.parts)
     storage = bytes_of_run(config, model_config, family, work.sizes.parameters)
     forward, moments = flop(config, work)
     workers = workers_assumed(config)
@@ -80,7 +83,11 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
         "storage_bytes.total": sum(storage.values()),
         **_advice(config, storage),
         **_memory(config, work, workers),
-        "analyst_memory_bytes": analyst_bytes(config.record.tokens, widest),
+        "memory.evaluate": _memory_to_evaluate(config, work.sizes.parameters, prunable, workers),
+        "analyst_memory_bytes": max(
+            analyst_bytes(method.needs, config.record.tokens, signals, work.sizes.hidden)
+            for method in (config.method, *config.compare)
+        ),
         "forward_flop": forward,
         "moments_flop": moments,
         "seconds": round(_probed(config, work, workers, directory) if measured else _at_best(config, work, workers), 1),
@@ -134,6 +141,14 @@ def _memory(config: RunConfig, work: Workload, workers: int) -> dict[str, object
     except ConfigError as error:
         return {**found, "schedule": f"none: {error}"}
     return {**found, "schedule": f"{chosen.kind}: {chosen.reason}"}
+
+
+def _memory_to_evaluate(config: RunConfig, parameters: int, prunable: int, workers: int) -> str:
+    """What one worker holds that measures losses: the whole model, and the maps of one that is pruned in memory."""
+    copied = prunable if config.compare or config.prune.repair != "none" else 0
+    size = (parameters + copied) * itemsize(config.model.dtype)
+    fits = "fits" if size <= memory.of_machine(config, workers) else "does not fit"
+    return f"{in_units(size)}, {fits}: a worker holds the whole model, at most one per device"
 
 
 def _at_best(config: RunConfig, work: Workload, workers: int) -> float:

@@ -46,9 +46,9 @@ class Variant:
         """Name of the work item."""
         return f"evaluate {self.label}"
 
-    def load(self, numerics: checkpoint.Numerics) -> PreTrainedModel:
-        """The variant, ready for inference."""
-        model = checkpoint.load_model(self.model_dir, numerics)
+    def load(self, numerics: checkpoint.Numerics, devices: Mapping[str, int | str] | None = None) -> PreTrainedModel:
+        """The variant, ready for inference, on devices as :func:`checkpoint.load_model` takes them."""
+        model = checkpoint.load_model(self.model_dir, numerics, devices)
         if self.plan_path is None:
             return model
         plan = PruningPlan.from_json(self.plan_path.read_text(encoding="utf-8"))

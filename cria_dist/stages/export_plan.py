@@ -6,11 +6,13 @@ are in the run's folder, and are found from the plan's place in it.
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from cria_dist import files
 from cria_dist.errors import ConfigError, DataError, PlanError
 from cria_dist.models import checkpoint, location
 from cria_dist.models.depth import within_layers
@@ -47,6 +49,7 @@ def apply_plan(plan_path: Path, base: str, target: Path, replaced: Path | None =
     if there != plan.parameters[0]:
         raise PlanError(f"the plan is of a model with {plan.parameters[0]:,} parameters, {base} has {there:,}")
     folder = replaced or replaced_beside(plan_path)
+    _check_same_base(directory, [plan_path, *([folder] if folder else [])])
     if folder is not None:
         _check_same_plan(folder, plan)
     biased = folder is not None and _has_biases(folder, plan)
@@ -85,6 +88,18 @@ def replaced_beside(plan_path: Path) -> Path | None:
     """
     last = sorted(plan_path.absolute().parent.parent.glob("round-*"))[-1:]
     return next((one / name for one in last for name in FOLDERS if (one / name).is_dir()), None)
+
+
+def _check_same_base(directory: Path, made_in_run: Sequence[Path]) -> None:
+    """A plan, and tensors solved with it, are of the weights that their run read; away from it, nothing says which."""
+    for path in made_in_run:
+        run = path.absolute().parent.parent / "config.json"
+        made_of = files.read_json(run).get("digests", {}).get("model") if run.is_file() else None
+        if made_of not in (None, checkpoint.fingerprint(directory)):
+            raise PlanError(
+                f"{path} was made of other weights than {directory} has ({run} has their fingerprint); give the model "
+                "of that run, or run again with this one"
+            )
 
 
 def _check_same_plan(folder: Path, plan: PruningPlan) -> None:

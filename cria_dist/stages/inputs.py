@@ -1,12 +1,13 @@
 """The corpora of a run as arrays, of the kind its model takes, checked to be different for calibration and test."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from cria_dist.config import CorpusConfig, RunConfig
+from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.stages.check_takes import check_sentences
@@ -46,7 +47,18 @@ def corpus_cuts(
         yield _sentence_cuts(model_dir, model_config, config)
     else:
         arrays = load_tokens(data, checkpoint.load_tokenizer(model_dir))
+        _check_vocabulary(arrays, model_config)
         yield {name: cut_array(tokens_ST) for name, tokens_ST in zip(("calibration", "test"), arrays, strict=True)}
+
+
+def _check_vocabulary(arrays: Iterable[np.ndarray], model_config: ModelDict) -> None:
+    """A tokenizer may know tokens that its model has no embedding for: on a GPU that ends the worker."""
+    largest, known = max(int(array.max()) for array in arrays), int(model_config["vocab_size"])
+    if largest >= known:
+        raise ConfigError(
+            f"the tokenizer makes token {largest} and the model knows 0 to {known - 1}; take this model's tokenizer, "
+            "or resize its embeddings"
+        )
 
 
 def _sentence_cuts(model_dir: Path, model_config: ModelDict, config: RunConfig) -> dict[str, Cut]:
@@ -64,6 +76,7 @@ def _sentence_cuts(model_dir: Path, model_config: ModelDict, config: RunConfig) 
         arrays[name] = encode(sentences, tokenizer, shape, name)
         if data.labelled:  # of a last batch, more are read than are wanted
             arrays[f"{name}-labels"] = np.array(labels[: counts[name]], dtype=np.int64)
+    _check_vocabulary((arrays[name] for name in corpora_of("sentences", data)), model_config)
     check_sentences(config, sentence_lengths(arrays["calibration"]))
     if data.labelled:
         check_same_examples(arrays["calibration"], arrays["test"], data.max_overlap)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cria_dist import files
 from cria_dist.config import Repair, RunConfig
 from cria_dist.models import checkpoint
 from cria_dist.models.mlp import MlpFamily
@@ -58,6 +59,18 @@ class Job:
     def calibration_digest(self) -> str:
         """Digest of the calibration tokens or examples, without their labels."""
         return self.digests[f"calibration_{self.family.takes}"]
+
+    def recording_digest(self, model_digest: str) -> str:
+        """Digest of everything that a model's recording depends on."""
+        return files.digest(
+            "record",
+            model_digest,
+            self.calibration_digest,
+            self.config.record.content_part(),
+            [self.numerics.dtype, self.numerics.matmul, self.config.seed],
+            *(["hidden"] if self.config.records_hidden else []),
+            *self.other_parts,
+        )
 
     @property
     def training_digests(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Labels of a classifier's examples: read from a corpus, checked against what the model can say."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,7 +41,7 @@ def label_reader(config: ModelDict) -> ReadLabel:
 
     def read(value: Any, where: Where) -> int:
         number = numbers.get(value, value) if isinstance(value, str) else value
-        if isinstance(number, str) and number.strip().lstrip("-").isdigit():
+        if isinstance(number, str) and re.fullmatch(r"-?[0-9]+", number.strip()):
             number = int(number)
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(names):
             return number

@@ -21,15 +21,23 @@ from cria_dist import files
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.attention import attention_shape
-from cria_dist.models.decilm import as_blocks
+from cria_dist.models.decilm import as_blocks, write_decilm
 from cria_dist.models.family import FAMILIES, family_of
 from cria_dist.models.gguf_file import write_gguf
 from cria_dist.models.mlp import layers_differ
 from cria_dist.models.remote_code import FILE
 from cria_dist.models.shapes import stored_tensors
+from cria_dist.stages.answers import Answer
+from cria_dist.stages.loaders_vllm import read_by_vllm, read_of
 
-GGUF_BYTES = 4 << 30
-"""A larger file (in float32) is not written only to see whether it loads."""
+Config = Mapping[str, Any]
+
+TRIED_BYTES = 4 << 30
+"""A larger model (in float32) is not written and loaded only to see whether it loads."""
+HEADS_MAKE_UP_HIDDEN_SIZE = {"qwen2": "Qwen2", "stablelm": "StableLM"}
+"""Families whose class in vLLM (0.33) reads no ``head_dim``."""
+VLLM_TOLERANCE = 1e-4
+"""Of the largest log probability, in float32: 1e-6 to 2e-5 were found, other kernels add up in another order."""
 REMOTE = f"by rule: {FILE} beside the weights builds the layers; nothing here ever runs it"
 ONNX = ("no: models that write text have no ONNX export", "by rule: `cria export --format onnx` writes and tries it")
 """Trying it takes as long as a small run."""
@@ -49,13 +57,13 @@ model.close()
 """What the fresh process runs: its cache in float32 (type 0), for the check is about the weights."""
 
 
-def verdicts(directory: Path, model: torch.nn.Module, tokens_path: Path) -> dict[str, str]:
+def verdicts(directory: Path, expected: Answer, vllm_python: str | None = None) -> dict[str, str]:
     """What llama.cpp, vLLM and onnxruntime make of a checkpoint.
 
     Args:
         directory: the checkpoint.
-        model: the same model in memory.
-        tokens_path: test tokens; the first 64 of the first sequence are used.
+        expected: what it has to answer.
+        vllm_python: a Python that has vLLM.
 
     Returns:
         A verdict by program.
@@ -64,56 +72,76 @@ def verdicts(directory: Path, model: torch.nn.Module, tokens_path: Path) -> dict
     remote = {"transformers, trust_remote_code": REMOTE} if (directory / FILE).is_file() else {}
     return {
         **remote,
-        "llama.cpp": _llama_cpp(directory, config, model, tokens_path),
-        "vLLM": _vllm(config),
+        "llama.cpp": _llama_cpp(directory, config, expected),
+        "vLLM": _vllm(directory, config, expected, vllm_python),
         "onnxruntime": ONNX[family_of(config).takes != "tokens"],
     }
 
 
-def _vllm(config: Mapping[str, Any]) -> str:
+def _vllm(directory: Path, config: Config, expected: Answer, python: str | None) -> str:
     unserved = config["model_type"] not in FAMILIES or config["model_type"] == "distilbert"
     if unserved or family_of(config).takes == "images":
         return "no: it is not known to serve this family"
     if (
-        config["model_type"] == "qwen2"
+        config["model_type"] in HEADS_MAKE_UP_HIDDEN_SIZE
         and attention_shape(config).head_dim * config["num_attention_heads"] != config["hidden_size"]
     ):
-        return "no: its Qwen2 has heads that make up the hidden size"
+        return f"no: its {HEADS_MAKE_UP_HIDDEN_SIZE[config['model_type']]} has heads that make up the hidden size"
     if not layers_differ(config):
-        return "by rule: it serves the stock class of this family, which this is"
+        rule = "by rule: it serves the stock class of this family, which this is"
+        tried = python and family_of(config).takes == "tokens" and not _is_too_large(directory)
+        return _tried_in_vllm(python, directory, expected) if python and tried else rule
     try:
         as_blocks(config)
     except ConfigError as error:
         return f"no: {error}"
-    return "by rule: as DeciLMForCausalLM, which `cria export --format decilm` writes"
+    rule = "by rule: as DeciLMForCausalLM, which `cria export --format decilm` writes, with trust_remote_code"
+    if python is None or _is_too_large(directory):
+        return rule
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "decilm"
+        write_decilm(directory, config, target)
+        return _tried_in_vllm(python, target, expected, "DeciLM of `cria export`, trust_remote_code")
 
 
-def _llama_cpp(directory: Path, config: Mapping[str, Any], model: torch.nn.Module, tokens_path: Path) -> str:
+def _tried_in_vllm(python: str, directory: Path, expected: Answer, export: str | None = None) -> str:
+    form = export or "the stock class"
+    found = read_by_vllm(python, directory, expected.tokens_T, has_our_code=export is not None)
+    if isinstance(found, str):
+        return f"no: vLLM was tried and does not load {form} ({found})"
+    ours = read_of(expected.logits[0], expected.tokens_T)
+    difference, largest = np.abs(found.own_T - ours.own_T).max(), np.abs(ours.own_T).max()
+    return _verdict(found.best_T == ours.best_T, difference, VLLM_TOLERANCE * largest, form, "log probabilities")
+
+
+def _llama_cpp(directory: Path, config: Config, expected: Answer) -> str:
     if family_of(config).takes != "tokens":
         return "no: it generates text, and this model does not"
-    size = 4 * sum(math.prod(tensor.shape) for tensor in stored_tensors(directory).values())
     missing = [name for name, module in (("gguf", "gguf"), ("llama-cpp-python", "llama_cpp")) if not find_spec(module)]
+    if missing:
+        return f"by rule: `cria export --format gguf` writes its form; {missing[0]} is not installed to try it"
+    if _is_too_large(directory):
+        return "by rule: `cria export --format gguf` writes its form; too large to be tried here"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        if missing:
-            return f"by rule: `cria export --format gguf` writes its form; {missing[0]} is not installed to try it"
-        if size > min(GGUF_BYTES, files.free_bytes(path) // 2):
-            return "by rule: `cria export --format gguf` writes its form; too large to be tried here"
         try:
             layout = write_gguf(directory, path, float32=True)
         except ConfigError as error:
             return f"no: {error}"
-        tokens_T = np.load(tokens_path, mmap_mode="r", allow_pickle=False)[0, :64].astype(np.int64)
-        found = _run_llama_cpp(path, tokens_T)
+        found_TV = _run_llama_cpp(path, expected.tokens_T)
     form = f"GGUF of `cria export`, architecture {layout.architecture!r}"
-    if isinstance(found, str):
-        return found
-    exact = (
-        model
-        if next(model.parameters()).dtype == torch.float32
-        else checkpoint.from_pretrained(directory, dtype=torch.float32)
-    )
-    return _compared(found, _logits(exact, tokens_T), form, layout.rules.tolerance)
+    if isinstance(found_TV, str):
+        return found_TV
+    ours_TV = expected.logits[0]
+    difference, largest = np.abs(found_TV - ours_TV).max(), np.abs(ours_TV).max()
+    same_T = found_TV.argmax(axis=1) == ours_TV.argmax(axis=1)
+    return _verdict(same_T, difference, layout.rules.tolerance * largest, form, "logits")
+
+
+def _is_too_large(directory: Path) -> bool:
+    """Whether its weights in float32 are too many to be written and loaded once more only to see."""
+    size = 4 * sum(math.prod(tensor.shape) for tensor in stored_tensors(directory).values())
+    return size > min(TRIED_BYTES, files.free_bytes(Path(tempfile.gettempdir())) // 2)
 
 
 def _run_llama_cpp(path: Path, tokens_T: np.ndarray) -> np.ndarray | str:
@@ -130,18 +158,10 @@ def _run_llama_cpp(path: Path, tokens_T: np.ndarray) -> np.ndarray | str:
     return np.load(logits)
 
 
-def _logits(model: torch.nn.Module, tokens_T: np.ndarray) -> np.ndarray:
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        return model(input_ids=torch.from_numpy(tokens_T)[None].to(device)).logits[0].float().cpu().numpy()
-
-
-def _compared(theirs_TV: np.ndarray, ours_TV: np.ndarray, form: str, tolerance: float) -> str:
-    difference, allowed = np.abs(theirs_TV - ours_TV).max(), tolerance * np.abs(ours_TV).max()
-    same, positions = int((theirs_TV.argmax(axis=1) == ours_TV.argmax(axis=1)).sum()), len(ours_TV)
-    greedy = f"the same most likely token at {same} of {positions} positions"
+def _verdict(same_T: np.ndarray, difference: float, allowed: float, form: str, what: str) -> str:
+    greedy = f"the same most likely token at {same_T.sum()} of {len(same_T)} positions"
     if difference <= allowed:
-        return f"equal: {form}, loaded in a fresh process, logits equal (largest difference {difference:.1e}), {greedy}"
-    if same == positions:
-        return f"equal: {form}, loaded in a fresh process, {greedy} (logits differ by up to {difference:.1e})"
-    return f"no: {form} loads, but has {greedy} (logits differ by up to {difference:.1e})"
+        return f"equal: {form}, loaded in a fresh process, {what} equal (largest difference {difference:.1e}), {greedy}"
+    if same_T.all():
+        return f"equal: {form}, loaded in a fresh process, {greedy} ({what} differ by up to {difference:.1e})"
+    return f"no: {form} loads, but has {greedy} ({what} differ by up to {difference:.1e})"

@@ -15,12 +15,15 @@ from cria_dist.models.family import family_of
 from cria_dist.records import Stage
 from cria_dist.stages import checks
 from cria_dist.stages.budget import fewest_units, final_widths
+from cria_dist.stages.check_disk import check_disk
 from cria_dist.stages.check_layers import check_layer_methods
 from cria_dist.stages.check_recovery import check_recovery
 from cria_dist.stages.check_takes import check_takes
+from cria_dist.stages.check_tensors import check_tensors
 from cria_dist.stages.decide_weights import check_weight_methods
 from cria_dist.stages.inputs import corpus_cuts
 from cria_dist.stages.job import Job
+from cria_dist.stages.loaders_vllm import python_with_vllm
 from cria_dist.stages.token_files import Cut, InputFiles
 from cria_dist.store import places
 
@@ -39,12 +42,13 @@ def prepare(config: RunConfig, until: Stage = "evaluate") -> Job:
         DataError: a corpus is missing or too short.
         PlanError: the ratio would empty a layer.
     """
+    python_with_vllm(config.run.vllm_python)
     folder = run_folder(config)
     model_dir = location.locate(config.model.path, config.model.revision)
     model_config = checkpoint.read_config(model_dir)
     family = family_of(model_config)
     check_takes(config, family, model_config, until)
-    checks.check_tensors(model_dir, family, model_config)
+    check_tensors(model_dir, family, model_config)
     checks.check_units(config, family, model_config)
     widths = family.widths(model_config, config.prune.parts)
     dense_parameters = checkpoint.count_parameters(model_config)
@@ -57,21 +61,22 @@ def prepare(config: RunConfig, until: Stage = "evaluate") -> Job:
     check_weight_methods(config, family, model_config, dense_parameters)
     check_recovery(config, family, model_config)
     checks.check_sampling(config, family.positions(model_config, config.data.sequence_length))
+    checks.warn_of_memory(config, dense_parameters, until)
     places.check(config.record.storage)
-    checks.check_disk(config, model_config, family, folder, dense_parameters)
     digests = {"model": checkpoint.fingerprint(model_dir)}
     job = Job(config, folder, model_dir, model_config, family, widths, dense_parameters, digests)
-    return replace(job, digests={**digests, **_write_inputs(job)})
+    return replace(job, digests=_write_inputs(job))
 
 
 def _write_inputs(job: Job) -> Mapping[str, str]:
-    """Cut the corpus unless its files are there, make the run folder this run's, write; returns their digests."""
+    """Cut the corpus unless its files are there, make the run folder this run's, write; returns all digests."""
     store = InputFiles(job.folder, job.family.takes, job.config.data, job.model_dir)
     there = store.digests()
     checks.check_not_foreign(job.folder)
     with nullcontext({}) if there else _cuts(job) as cuts:
-        digests = there or store.name(cuts)
-        _claim(job.folder, job.config, {**job.digests, **digests})
+        digests = {**job.digests, **(there or store.name(cuts))}
+        check_disk(replace(job, digests=digests))
+        _claim(job.folder, job.config, digests)
         if cuts:
             store.write(cuts)
     return digests
@@ -90,9 +95,9 @@ def _cuts(job: Job) -> Generator[Mapping[str, Cut]]:
 def run_folder(config: RunConfig) -> Path:
     """The folder of a run: named by the configuration's results, not by how many workers compute them."""
     if config.run.folder is not None:
-        return Path(config.run.folder).absolute()
+        return Path(config.run.folder).expanduser().absolute()
     name = files.safe_name(f"{config.name}-{files.digest(config.result_part())[:8]}")
-    return Path(config.run.root).absolute() / name
+    return Path(config.run.root).expanduser().absolute() / name
 
 
 @contextmanager

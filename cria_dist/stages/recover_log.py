@@ -7,19 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from cria_dist import files
+from cria_dist.errors import DataError
 from cria_dist.stages.follow import followed
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The steps logged so far; lines that a crash tore are left out, of a step logged twice the later one counts."""
+    """The steps logged so far; lines that a crash tore are left out, of a step logged twice the later one counts.
+
+    Raises:
+        DataError: a line is not text, or JSON of something else.
+    """
     if not path.is_file():
         return []
     steps: dict[int, dict[str, Any]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            line = json.loads(text)
-            steps[line["step"]] = line
-    return [line for _, line in sorted(steps.items())]
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise _damaged(path, number, "it is not text") from error
+        with suppress(ValueError):  # torn
+            found = json.loads(text)
+            if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+                raise _damaged(path, number, "it has no step")
+            steps[found["step"]] = found
+    return [found for _, found in sorted(steps.items())]
+
+
+def _damaged(path: Path, number: int, reason: str) -> DataError:
+    return DataError(f"{path}, line {number}, is not of a loss log ({reason}); delete the line, or the file")
 
 
 def cut_log(path: Path, steps: int) -> None:

@@ -48,7 +48,7 @@ def load_shared(
     mixed: bool = False,
     offloaded: bool = False,
 ) -> PreTrainedModel:
-    """Load a language model, every worker its slices; all of them call this. No worker ever holds the whole model.
+    """Load a model, every worker its slices; all of them call this. No worker ever holds the whole model.
 
     Args:
         directory: checkpoint.
@@ -71,6 +71,8 @@ def load_shared(
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if mixed else None
     place = CPUOffloadPolicy(pin_memory=device == "cuda") if offloaded else OffloadPolicy()
     for layer in model.get_submodule(family_of(model.config.to_dict()).layers).children():
+        if mixed:
+            _widen_norms(layer)
         fully_shard(layer, mesh=mesh, mp_policy=policy or MixedPrecisionPolicy(), offload_policy=place)
     # embedding and head stay whole until the backward pass is through: distillation calls the head by itself
     fully_shard(model, mesh=mesh, reshard_after_forward=False, offload_policy=place)
@@ -83,6 +85,20 @@ def load_shared(
     model.decode = MethodType(_decode, model)  # pyright: ignore[reportArgumentType]  (a method, not a module)
     register_fsdp_forward_method(model, "decode")
     return model
+
+
+def _widen_norms(layer: torch.nn.Module) -> None:
+    """Have layer norms compute in float32 whatever they are gathered in: ``autocast`` sees to that on GPUs only."""
+    for module in layer.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            wide: Any = functools.partial(_layer_norm, module)
+            module.forward = wide
+
+
+def _layer_norm(norm: torch.nn.LayerNorm, values: torch.Tensor) -> torch.Tensor:
+    affine: Any = (norm.weight, norm.bias)  # may be None
+    weight, bias = (part if part is None else part.float() for part in affine)
+    return torch.nn.functional.layer_norm(values.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _return_what_was_gathered() -> None:

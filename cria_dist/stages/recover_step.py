@@ -64,13 +64,18 @@ def optimise(
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     total = 0.0
-    parts = batch.split(MICRO_SEQUENCES) if isinstance(batch, torch.Tensor) else like_examples(batch)
-    for part in parts:
+    for part in micro_batches(batch):
         total += objective(model, part, len(part) / len(batch))
     average_gradients(state.trained.values(), place)
     torch.nn.utils.clip_grad_norm_(state.trained.values(), CLIP_NORM)
     state.optimizer.step()
     return mean_over_workers(total, place)
+
+
+def micro_batches(data: Data) -> list[Data]:
+    """What goes through a model together: one sequence of text, or examples that are alike."""
+    parts = data.split(MICRO_SEQUENCES) if isinstance(data, torch.Tensor) else like_examples(data)
+    return [part for part in parts if len(part)]
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter], place: Place) -> None:

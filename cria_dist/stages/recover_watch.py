@@ -1,16 +1,14 @@
 """When a recovery stops: the loss on sequences it does not train on, and the best weights so far."""
 
-from collections.abc import Iterable
-
 import torch
 from transformers import PreTrainedModel
 
-from cria_dist.stages.examples import Data, Examples, like_examples
+from cria_dist.stages.examples import Data
 from cria_dist.stages.halving import Race
 from cria_dist.stages.recover_loss import mean_loss
 from cria_dist.stages.recover_shards import is_shared
 from cria_dist.stages.recover_state import TrainState
-from cria_dist.stages.recover_step import MICRO_SEQUENCES, Place, mean_over_workers
+from cria_dist.stages.recover_step import Place, mean_over_workers, micro_batches
 
 HELD_OUT = 10
 """One in so many training sequences is held out: the last ones."""
@@ -26,12 +24,11 @@ def split(data: Data, patience: int) -> tuple[Data, Data | None]:
 
 def held_out_loss(model: PreTrainedModel, held: Data, place: Place) -> float:
     """Mean cross entropy over the held-out sequences, each worker on its part of them."""
-    mine = held[place.rank :: place.world]
-    parts: Iterable[Data] = like_examples(mine) if isinstance(mine, Examples) else mine.split(MICRO_SEQUENCES)
+    most, mine = (micro_batches(held[rank :: place.world]) for rank in (0, place.rank))
     with torch.no_grad():
-        if is_shared(model) and len(mine) * place.world < len(held):
-            mean_loss(model, held[:1])  # others have one sequence more, and all gather parameters together
-        total = sum(float(mean_loss(model, part)) * len(part) for part in parts if len(part))
+        if is_shared(model) and len(mine) < len(most):
+            mean_loss(model, held[:1])  # the first worker has one more, and all gather parameters together
+        total = sum(float(mean_loss(model, part)) * len(part) for part in mine)
     return mean_over_workers(total * place.world / len(held), place)
 
 

@@ -1,8 +1,8 @@
 """Sensitivity: the loss on held-out calibration text with some sites pruned, in the weights in memory.
 
 The output columns of the removed units are zeroed, which computes the same as removing them, and those of the survivors
-are repaired from the shards that are not held out; a removed layer hands the hidden state through. The ranking of the
-units has seen all shards.
+are repaired from the shards that are not held out; the router goes past removed experts, and a removed layer hands the
+hidden state through. The ranking of the units has seen all shards.
 Shapes: S sequences, T tokens, D outputs of the next linear map, N units, V vocabulary.
 """
 
@@ -16,7 +16,8 @@ import torch
 
 from cria_dist.errors import NumericError
 from cria_dist.maths.repair import least_squares, mean_bias
-from cria_dist.models import checkpoint, depth
+from cria_dist.models import checkpoint, depth, experts
+from cria_dist.models.attention import counting
 from cria_dist.models.family import family_of
 from cria_dist.models.tails import TailModel
 from cria_dist.records import Moments, Site
@@ -72,13 +73,20 @@ class _Meter:
         """The model with fewer units at a site, repaired, or without a layer, until the block ends."""
         if site.part == depth.PART:
             return nullcontext() if width else self._tail.without(site.layer)
-        return self._narrower(site, width, moments) if width else nullcontext()
+        if not width:
+            return nullcontext()
+        if site.part == experts.PART:
+            router = self._tail.model.get_submodule(self._family.modules(site).inputs["router"])
+            return experts.routed_among(router, select(read_scores(self._task.folder, site), width))
+        return self._narrower(site, width, moments)
 
     @contextmanager
     def _narrower(self, site: Site, width: int, moments: Moments | None) -> Generator[None]:
-        output = cast(torch.nn.Linear, self._tail.model.get_submodule(self._family.modules(site).output))
+        modules, scores = self._family.modules(site), read_scores(self._task.folder, site)
+        output = cast(torch.nn.Linear, self._tail.model.get_submodule(modules.output))
         dense = {name: getattr(output, name) for name in ("weight", "bias")}
-        kept_S = signals_of(select(read_scores(self._task.folder, site), width), self._span(site))
+        kept = select(scores, width)
+        kept_S = signals_of(kept, self._span(site))
         weight_DN = self._family.oriented(dense["weight"].detach()).double().cpu().numpy()
         pruned_DN, shift_D = np.zeros_like(weight_DN), None
         pruned_DN[:, kept_S] = weight_DN[:, kept_S]
@@ -93,7 +101,10 @@ class _Meter:
                 output.bias = _parameter(
                     shift_D if bias is None else shift_D + bias.double().cpu().numpy(), output.weight
                 )
-            yield
+            with ExitStack() as norms:
+                for name in modules.norms:
+                    norms.enter_context(counting(self._tail.model.get_submodule(name), kept, scores.keep_N.size))
+                yield
         finally:
             output.weight, output.bias = dense["weight"], dense["bias"]
 

@@ -45,11 +45,12 @@ class Trial:
     def score_key(self) -> str:
         """Equal for trials whose recordings and scores are the same."""
         parts = self.config.result_part()
-        return files.digest({name: value for name, value in parts.items() if name not in ("name", *AFTER_SCORING)})
+        read = {name: value for name, value in parts.items() if name not in ("name", *AFTER_SCORING)}
+        return files.digest(read, self.config.prune.parts)
 
 
 AFTER_SCORING = ("prune", "recover", "evaluate")
-"""Sections that recording and scoring do not read."""
+"""Sections that recording and scoring do not read, but for what is pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ class Sweep:
         names = [trial.folder.name for trial in self.trials]
         stopping = [] if self.rungs is None else [self.rungs]
         content = files.digest(*names, *(search.digest for search in self.searches), *stopping)
-        return Path(self.base.run.root).absolute() / f"{self.base.name}-sweep-{content[:8]}"
+        return Path(self.base.run.root).expanduser().absolute() / f"{self.base.name}-sweep-{content[:8]}"
 
     def race(self, trial: Trial) -> Race | None:
         """Where a trial is compared with others while it recovers."""

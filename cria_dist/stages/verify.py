@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
@@ -21,8 +20,9 @@ from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
 from cria_dist.models.mlp import layers_differ
 from cria_dist.stages import loaders
+from cria_dist.stages.answers import Answer, answer_of_variant
 from cria_dist.stages.evaluate import Variant
-from cria_dist.stages.examples import model_inputs
+from cria_dist.stages.loaders_vllm import python_with_vllm
 
 TOLERANCE = 1e-5
 TIMEOUT_SECONDS = 1800
@@ -32,26 +32,26 @@ LOADERS = {
 import sys
 sys.modules["cria_dist"] = None  # any import of it raises
 import transformers
-def load(directory, dtype):
+def load(directory):
     stock = getattr(transformers, "{stock}")
-    return stock.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    return stock.from_pretrained(directory, dtype="float32", local_files_only=True)
 """,
     "ours": """
 import sys
 from cria_dist import load_pruned
-def load(directory, dtype):
-    return load_pruned(directory, dtype=dtype)
+def load(directory):
+    return load_pruned(directory, dtype="float32")
 """,
 }
 """How the fresh process loads: as anybody does, or what no stock class loads."""
 STRANGER = """
 import torch
 from safetensors.torch import load_file, save_file
-directory, inputs, dtype, target = sys.argv[1:]
-model = load(directory, getattr(torch, dtype)).eval()
+directory, inputs, target = sys.argv[1:]
+model = load(directory).eval()
 with torch.inference_mode():
     logits = model(**load_file(inputs)).logits
-save_file({"logits": logits.float()}, target)
+save_file({"logits": logits}, target)
 """
 FINDINGS = {
     "stock": "loaded in a fresh process without this package, logits equal",
@@ -61,14 +61,12 @@ FINDINGS = {
 """What the report says, before the largest difference."""
 
 
-def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_path: Path, dtype: str) -> str:
+def loads_in_transformers(directory: Path, expected: Answer) -> str:
     """Compare the logits of a fresh process with those of the model in memory.
 
     Args:
         directory: checkpoint to load.
-        reference: the same model, built another way.
-        tokens_path: test tokens, of which the first 64 of the first sequence are used, or examples (the first one).
-        dtype: data type to compute in.
+        expected: what the same model, built another way, makes of some inputs.
 
     Returns:
         A sentence for the report.
@@ -78,15 +76,12 @@ def loads_in_transformers(directory: Path, reference: torch.nn.Module, tokens_pa
     """
     config = checkpoint.read_config(directory)
     kind = "ours" if layers_differ(config) else "stock"
-    inputs = model_inputs(np.load(tokens_path, mmap_mode="r", allow_pickle=False)[:1, :64])
-    with torch.inference_mode():
-        here = {name: tensor.to(_device(reference)) for name, tensor in inputs.items()}
-        ours = reference(**here).logits.float().cpu().numpy()
+    ours = expected.logits
     with tempfile.TemporaryDirectory() as folder:
         given, logits = Path(folder) / "inputs.safetensors", Path(folder) / "logits.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, given)
+        save_file({name: tensor.contiguous() for name, tensor in expected.inputs.items()}, given)
         loader = LOADERS[kind].replace("{stock}", checkpoint.stock_class(config).__name__)
-        command = [sys.executable, "-c", loader + STRANGER, str(directory), str(given), dtype, str(logits)]
+        command = [sys.executable, "-c", loader + STRANGER, str(directory), str(given), str(logits)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": _python_path()}
         run = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, check=False
@@ -106,10 +101,6 @@ def _python_path() -> str:
     """What this process has, after where this package lies: in a job it may be on nobody's path but ours."""
     home = Path(cria_dist.__file__).parents[1]
     return os.pathsep.join([str(home), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +127,16 @@ class Export:
 class Verifier:
     """Runs the check in a worker, so that the coordinator never holds a model."""
 
-    def __init__(self, tokens_path: Path, dtype: str) -> None:
+    def __init__(self, tokens_path: Path, vllm_python: str | None = None) -> None:
         self._tokens_path = tokens_path
-        self._dtype = dtype
+        self._vllm_python = vllm_python
 
     def __call__(self, export: Export) -> str:
         """Check one checkpoint and keep the finding."""
-        reference = export.reference.load(checkpoint.Numerics(self._dtype))
-        finding = loads_in_transformers(export.directory, reference, self._tokens_path, self._dtype)
-        others = loaders.verdicts(export.directory, reference, self._tokens_path) if export.final else {}
+        expected = answer_of_variant(export.reference, self._tokens_path)
+        finding = loads_in_transformers(export.directory, expected)
+        others: dict[str, str] = {}
+        if export.final:
+            others = loaders.verdicts(export.directory, expected, python_with_vllm(self._vllm_python))
         files.write_json(export.record, {"finding": finding, "others": others})
         return finding

@@ -3,8 +3,6 @@
 A run that differs from a neighbour only in ratio, method or recovery takes over the neighbour's.
 """
 
-import os
-import shutil
 from pathlib import Path
 
 from cria_dist import files
@@ -15,6 +13,8 @@ from cria_dist.store.recording import Recording
 from cria_dist.store.storage import LocalStorage
 
 POINTER = "recording.json"
+RECORDINGS = f"*/round-*/{MANIFEST}"
+"""Below the folder that holds the run folders."""
 
 
 def open_recording(folder: Path, url: str | None, digest: str) -> Recording:
@@ -56,7 +56,7 @@ def check(url: str | None) -> None:
 
 
 def adopt(recording: Recording, root: Path) -> Path | None:
-    """Take over a complete recording with the same digest from a neighbouring run (hard links, no bytes copied).
+    """Take over a complete recording with the same digest from a neighbouring run, by hard links where they can be.
 
     A run that differs only in ratio, method or recovery has the same recording. One that has begun is resumed instead:
     it may share a damaged file with the neighbour. In an object store recordings are named by their digest, so runs
@@ -74,18 +74,28 @@ def adopt(recording: Recording, root: Path) -> Path | None:
     folder = recording.storage.folder
 
     def take(manifest: Path) -> bool:
-        if manifest.parent == folder or not _is_complete(Recording(LocalStorage(manifest.parent), recording.digest)):
+        other = LocalStorage(manifest.parent)
+        if other.folder == folder or not _is_complete(Recording(other, recording.digest)):
             return False
-        for part in (*FOLDERS, "commits"):
-            _link_all(manifest.parent / part, folder / part)
-        _link(str(manifest), str(folder / MANIFEST))
+        names = [name for part in (*FOLDERS, "commits") for name in sorted(other.sizes(part))]
+        for name in (*names, MANIFEST):
+            files.link(other.folder / name, folder / name)
         if not _is_complete(recording):  # the neighbour was being deleted; what came over is gone on with
             (folder / MANIFEST).unlink()
             return False
         return True
 
-    found = files.take_over(root, f"*/round-*/{MANIFEST}", take)
+    found = files.take_over(root, RECORDINGS, take)
     return None if found is None else found.parent
+
+
+def is_recorded(root: Path, digest: str) -> bool:
+    """Whether a run below ``root`` has a complete recording of this digest in its folder."""
+
+    def look(manifest: Path) -> bool:
+        return _is_complete(Recording(LocalStorage(manifest.parent), digest))
+
+    return files.take_over(root, RECORDINGS, look) is not None
 
 
 def _is_complete(recording: Recording) -> bool:
@@ -94,17 +104,3 @@ def _is_complete(recording: Recording) -> bool:
         return recording.is_complete()
     except DataError:
         return False
-
-
-def _link_all(source: Path, target: Path) -> None:
-    try:
-        shutil.copytree(source, target, copy_function=_link, dirs_exist_ok=True)
-    except shutil.Error as error:  # a list of (source, target, reason)
-        if not any(os.path.lexists(one) for one, *_ in error.args[0]):
-            raise FileNotFoundError(source) from error
-        raise
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).unlink(missing_ok=True)
-    Path(target).hardlink_to(source)

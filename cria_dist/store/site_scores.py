@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cria_dist.errors import DataError
-from cria_dist.files import take_over, write_bytes
+from cria_dist.files import link, take_over, write_bytes
 from cria_dist.records import Scores, Site, Spectrum
 
 DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
@@ -93,7 +93,7 @@ def _write(path: Path, **arrays: np.ndarray | np.generic) -> None:
 
 
 def adopt(folder: Path, root: Path, sites: list[Site], digest: str) -> bool:
-    """Take over the scores of a neighbouring run with the same digest (hard links); True if all sites were found."""
+    """Take over the scores of a neighbouring run with the same digest; True if all sites were found."""
 
     def take(scores: Path) -> bool:
         other = scores.parent
@@ -101,14 +101,8 @@ def adopt(folder: Path, root: Path, sites: list[Site], digest: str) -> bool:
             return False
         for part in ("spectra", "scores"):
             for site in sites:
-                _adopt_file(other / part / f"{site.key}.npz", folder / part / f"{site.key}.npz")
+                if (source := other / part / f"{site.key}.npz").is_file():
+                    link(source, folder / part / source.name)
         return all(has_scores(folder, site, digest) for site in sites)
 
     return take_over(root, "*/*/scores", take) is not None
-
-
-def _adopt_file(source: Path, target: Path) -> None:
-    if source.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        target.hardlink_to(source)

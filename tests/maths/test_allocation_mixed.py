@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cria_dist.errors import PlanError
 from cria_dist.maths.allocation_curves import Curve
-from cria_dist.maths.allocation_mixed import mixed_widths
+from cria_dist.maths.allocation_mixed import alike_widths, mixed_widths
 from cria_dist.maths.allocation_rooms import Room
 
 INSIDE = {"a.block": ["a.heads", "a.mlp"], "b.block": ["b.heads", "b.mlp"]}
@@ -70,3 +70,33 @@ def test_a_protected_layer_stays():
     assert found == {"a.block": 1, "a.heads": 3, "a.mlp": 8, "b.block": 0, "b.heads": 0, "b.mlp": 0}
     with pytest.raises(PlanError, match="least that must stay"):
         mixed_widths(curves, rooms, 200, INSIDE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), share=st.floats(0.3, 1.0))
+def test_nothing_with_as_many_units_in_every_layer_is_better(seed, share):
+    """The neurons stand for experts: layers that stay have the same number; else the budget cannot be kept at all."""
+    curves, rooms = problem(seed)
+    budget, alike = share * 2 * 235, [inside[1] for inside in INSIDE.values()]
+    found = alike_widths(lambda given: mixed_widths(curves, given, budget, INSIDE, True), curves, rooms, alike, INSIDE)
+    possible = [one for one in everything(rooms) if len({one[key] for key in alike} - {0}) <= 1]
+    assert found in possible
+    assert cost_of(found, rooms) <= budget + 1e-6
+    best = min(loss_of(one, curves) for one in possible if cost_of(one, rooms) <= budget + 1e-6)
+    assert loss_of(found, curves) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("spent", [False, True])
+def test_what_costs_nothing_goes_no_further_than_asked(spent):
+    curves, rooms = problem(0)
+    curves = {key: Curve(one.widths_C, np.full_like(one.losses_C, 2.0)) for key, one in curves.items()}
+    found = mixed_widths(curves, rooms, 320, INSIDE, spent)
+    assert (320 - cost_of(found, rooms) < 20) == spent
+    assert found in everything(rooms)
+
+
+def test_as_many_in_every_layer_and_none_fits():
+    curves, rooms = problem(0)
+    rooms = {key: Room(one.width, max(1, one.smallest), one.multiple, one.unit_cost) for key, one in rooms.items()}
+    with pytest.raises(PlanError, match="least that must stay"):
+        alike_widths(lambda given: mixed_widths(curves, given, 100, INSIDE), curves, rooms, ["a.mlp", "b.mlp"], INSIDE)

@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, outcomes = int(os.environ["RANK"]), []
     for step in pickle.loads(Path(sys.argv[1]).read_bytes()):
-        os.environ["MASTER_PORT"] = str(step["port"])
+        os.environ["CRIA_MEETING"] = step["place"]
         ranks.TIMEOUT = timedelta(seconds=step.get("timeout", 120))
         started = time.monotonic()
         try:

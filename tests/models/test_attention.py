@@ -14,7 +14,8 @@ from cria_dist.models import checkpoint, surgery
 from cria_dist.models.attention import LAYER_KV_HEADS, WHOLE
 from cria_dist.models.checkpoint import Numerics, count_parameters, load_model, read_config
 from cria_dist.models.family import FAMILIES, family_of
-from cria_dist.models.generic import WITH_HEADS
+from cria_dist.models.generic import NORMED_HEADS, WITH_HEADS
+from cria_dist.models.mlp import SiteModules
 from cria_dist.models.surgery import Surgery
 from cria_dist.records import Site
 from cria_dist.stages.observe import SiteObserver
@@ -50,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "opt": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, **OWN_KEYS},
     "opt-no-bias": {"model_type": "opt", "ffn_dim": 48, "enable_bias": False, **POST_NORM, **OWN_KEYS},
     **{name: {"model_type": name, **HEADS, "head_dim": 4} for name in WITH_HEADS},
+    "olmo2-mha": {"model_type": "olmo2", "tie_word_embeddings": False, "attention_bias": True, **OWN_KEYS},
     "stablelm-bias": {"model_type": "stablelm", "use_qkv_bias": True, **HEADS, "head_dim": 4},
     "granite-bias": {"model_type": "granite", "attention_bias": True, **HEADS},
     "gpt2": {"model_type": "gpt2", **GPT2},
@@ -76,6 +78,17 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(**inputs).logits.float()
 
 
+@torch.no_grad()
+def silence(model: torch.nn.Module, modules: SiteModules, name: str, mask_N: torch.Tensor) -> None:
+    """Zero the removed units before a norm over all of them, and count the others only."""
+    norm, made_by = model.get_submodule(name), {"q": "query", "k": "key"}[name.rpartition(".")[2][0]]
+    share, rows = mask_N.float().mean().item(), len(norm.weight) // len(mask_N)
+    for parameter in model.get_submodule(modules.inputs[made_by]).parameters():
+        parameter[~mask_N.repeat_interleave(rows)] = 0
+    norm.weight *= share**0.5
+    norm.variance_epsilon *= share
+
+
 def masked_logits(directory: Path, kept: Kept) -> torch.Tensor:
     """Of the dense model whose output maps read zeros of the removed heads and neurons."""
     model, config = load_model(directory, Numerics()), read_config(directory)
@@ -84,7 +97,10 @@ def masked_logits(directory: Path, kept: Kept) -> torch.Tensor:
         site = Site.from_key(key)
         width, span = family.widths(config, (site.part,))[site], family.span(site, config)
         mask_N = torch.isin(torch.arange(width), torch.tensor(stay)).repeat_interleave(span)
-        output = model.get_submodule(family.modules(site).output)
+        modules = family.modules(site)
+        for name in modules.norms:
+            silence(model, modules, name, torch.isin(torch.arange(width), torch.tensor(stay)))
+        output = model.get_submodule(modules.output)
         output.register_forward_pre_hook(lambda _, args, mask_N=mask_N: (args[0] * mask_N,))
     masked = logits(model)
     assert (masked - dense).abs().max() > 1e-2, "the removed units do nothing: this test could not fail"
@@ -107,7 +123,14 @@ def dense(
     family = FAMILIES.get(settings.get("model_type", "vit"))
     takes = family.takes if family else "tokens"
     make = {"tokens": make_model, "sentences": make_encoder, "images": make_classifier}[takes]
-    return make(tmp_path_factory.mktemp("dense") / request.param, **settings)
+    folder = make(tmp_path_factory.mktemp("dense") / request.param, **settings)
+    if settings.get("model_type") in NORMED_HEADS:  # ones would hide whose weight is whose
+        model = load_model(folder, Numerics())
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.data += 0.3 * torch.randn(len(parameter), generator=torch.Generator().manual_seed(1))
+        model.save_pretrained(folder)
+    return folder
 
 
 def test_every_family_that_has_groups_is_tested() -> None:

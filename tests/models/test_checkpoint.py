@@ -1,6 +1,7 @@
 """Finding, describing and loading checkpoints."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from cria_dist.errors import ConfigError, DataError
 from cria_dist.models import checkpoint, location, writing
 from cria_dist.models.checkpoint import Numerics
 from cria_dist.models.family import family_of
+from cria_dist.models.stored import StoredTensors
 from cria_dist.records import Site
+from cria_dist.stages.estimate import estimate
 from cria_dist.stages.prepare import prepare
 
 MakeModel = Callable[..., Path]
@@ -65,6 +68,35 @@ def test_locate_wants_safetensors(mine: Path) -> None:
         location.locate(str(mine), None)
 
 
+def test_locate_wants_to_know_which_weights_are_meant(mine: Path) -> None:
+    (mine / checkpoint.INDEX).write_text('{"weight_map": {}}')
+    with pytest.raises(ConfigError, match=r"has both model\.safetensors and .*index\.json, and programs differ"):
+        location.locate(str(mine), None)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_weights_that_are_written_have_the_mode_of_any_file(umask: int, pico: Path, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        model = checkpoint.from_pretrained(pico)
+        writing.write_like(pico, tmp_path / "again", model.state_dict())
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "again").iterdir()}
+    assert modes[checkpoint.WEIGHTS] == modes["config.json"] == 0o666 & ~umask
+
+
+def test_stored_tensors_are_read_one_by_one(tmp_path: Path) -> None:
+    for number in range(2):
+        save_file({f"map.{number}": torch.full((2,), float(number))}, tmp_path / f"{number}.safetensors")
+    found = StoredTensors([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
+    (tmp_path / "0.safetensors").unlink()  # what is not asked for is not opened again
+    assert list(found) == ["map.0", "map.1"]
+    assert found["map.1"].tolist() == [1.0, 1.0]
+    with pytest.raises(KeyError):
+        found["map.2"]
+
+
 def config_with(**changes: Any) -> Callable[[Path], object]:
     """Change keys of config.json; None takes one out."""
 
@@ -80,8 +112,24 @@ def a_file(name: str, content: str) -> Callable[[Path], object]:
     return lambda model: (model / name).write_text(content)
 
 
+def an_index(content: str) -> Callable[[Path], object]:
+    def replace(model: Path) -> None:
+        (model / checkpoint.WEIGHTS).rename(model / "model-00001-of-00001.safetensors")
+        (model / checkpoint.INDEX).write_text(content)
+
+    return replace
+
+
 def cut(size: int | None) -> Callable[[Path], object]:
     return lambda model: (model / checkpoint.WEIGHTS).write_bytes((model / checkpoint.WEIGHTS).read_bytes()[:size])
+
+
+def without(name: str) -> Callable[[Path], object]:
+    def damage(model: Path) -> None:
+        tensors = load_file(model / checkpoint.WEIGHTS)
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, model / checkpoint.WEIGHTS)
+
+    return damage
 
 
 def as_float8(model: Path) -> None:
@@ -102,15 +150,16 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut header": (cut(100), r"model\.safetensors is damaged \(.*header.*; take a whole copy of the model"),
     "no content": (cut(0), r"model\.safetensors is damaged \(.*header too small"),
     "cut weights": (cut(-100), r"model\.safetensors is damaged \(.*not fully covered"),
-    "cut index": (a_file(checkpoint.INDEX, "{"), r"index\.json is damaged \(Expecting"),
-    "no map": (a_file(checkpoint.INDEX, "{}"), r"index\.json is damaged \(it has no weight_map\)"),
-    "a number for a file": (a_file(checkpoint.INDEX, '{"weight_map": {"a": 5}}'), r"lacks 5, which its index names"),
+    "cut index": (an_index("{"), r"index\.json is damaged \(Expecting"),
+    "no map": (an_index("{}"), r"index\.json is damaged \(it has no weight_map\)"),
+    "a number for a file": (an_index('{"weight_map": {"a": 5}}'), r"lacks 5, which its index names"),
     "another's index": (
-        a_file(checkpoint.INDEX, '{"weight_map": {"a": "model.safetensors"}}'),
-        r"model\.safetensors is damaged \(.*\ba\b",
+        an_index('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'),
+        r"model-00001-of-00001\.safetensors is damaged \(.*\ba\b",
     ),
     "another width": (config_with(intermediate_size=64), r"has shape \(.*48.*\), config\.json says \(.*64.*\)"),
     "another vocabulary": (config_with(vocab_size=280), r"has shape \(300, 32\), config\.json says \(280, 32\)"),
+    "a tensor less": (without("model.layers.1.mlp.up_proj.weight"), r"has no tensor 'model\.layers\.1\.mlp\.up_proj"),
     "float8": (as_float8, r"q_proj\.weight is F8_E4M3, and checkpoints are written in .*; give the checkpoint in"),
 }  # fmt: skip
 
@@ -124,6 +173,23 @@ def test_a_damaged_checkpoint_is_one_line_before_anything_is_done(
         prepare(run_config(tmp_path, model={"path": str(mine)}))
     assert "\n" not in str(complaint.value)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGED.keys() - {"a number for a file"})
+def test_an_estimate_finds_the_same(
+    damage: str, mine: Path, run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """But a file that is not there, for it wants none."""
+    breaks, message = DAMAGED[damage]
+    breaks(mine)
+    with pytest.raises(ConfigError, match=message):
+        estimate(run_config(tmp_path, model={"path": str(mine)}))
+
+
+def test_a_size_of_text_where_modules_tell_the_family() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": "48", "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(ConfigError, match=r"config\.json is damaged \(.*expected int, got str"):
+        family_of({"model_type": "granite", **sizes})
 
 
 def test_a_damaged_shard_is_found_too(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.blocks import BlockModel, partition
 from cria_dist.models.checkpoint import Numerics, load_model, read_config
@@ -60,6 +61,11 @@ def test_blocks_in_turn_are_the_whole_encoder(folder: Path, tokens_ST: torch.Ten
     stock = getattr(load_model(folder, Numerics()), str(config["model_type"]))
     with torch.inference_mode():
         torch.testing.assert_close(stock(input_ids=tokens_ST).last_hidden_state, expected)
+
+
+def test_a_config_without_positions_is_damaged() -> None:
+    with pytest.raises(ConfigError, match=r"config\.json is damaged \(it has no .max_position_embeddings.\); take"):
+        family_of({"model_type": "bert"}).longest({"model_type": "bert"})
 
 
 def test_no_token_lies_behind_the_last_position(folder: Path) -> None:

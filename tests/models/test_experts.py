@@ -1,6 +1,7 @@
 """Mixtures of experts: removing experts equals closing the router to them, in memory and on disk."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.blocks import BlockModel, partition
 from cria_dist.models.checkpoint import Numerics, count_parameters, load_model, read_config
-from cria_dist.models.experts import assembled, output_norms, taken_apart
+from cria_dist.models.experts import assembled, output_norms, routed_among, taken_apart
 from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery
 from cria_dist.records import Site
@@ -93,6 +94,16 @@ def test_removing_equals_closing_the_router(dense: Path, kept: dict[str, tuple[i
     kept_too_few = {key: len(KEPT["layer-000.experts"]) - 3 for key in kept}
     with pytest.raises(ConfigError, match=r"^1 experts would be left .* through 2, .*; lower prune\.ratio"):
         family.narrowed(config, kept_too_few, False)
+
+
+def test_a_router_that_goes_past_experts(dense: Path, kept: dict[str, tuple[int, ...]]) -> None:
+    model = load_model(dense, Numerics())
+    whole = logits(model)
+    with ExitStack() as stack:
+        for key, stay in kept.items():
+            stack.enter_context(routed_among(model.model.layers[Site.from_key(key).layer].mlp.gate, stay))
+        torch.testing.assert_close(logits(model), masked_logits(dense, kept), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(model), whole)
 
 
 def test_experts_and_layers_leave_together(dense: Path, kept: dict[str, tuple[int, ...]], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ MakeModel = Callable[..., Path]
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 256
 EVEN = {"layer-000.mlp": tuple(range(0, 48, 2)), "layer-001.mlp": tuple(range(5, 29))}
 UNEVEN = {"layer-000.mlp": tuple(range(0, 48, 3)), "layer-001.mlp": tuple(range(5, 29))}
-GENERIC = ("cohere", "ernie4_5", "granite", "helium", "olmo2", "seed_oss", "smollm3", "stablelm")
+GENERIC = ("cohere", "ernie4_5", "granite", "helium", "olmo2", "olmo3", "seed_oss", "smollm3", "stablelm")
 MODELS: dict[str, dict[str, Any]] = {
     **{name: {} for name in GENERIC},
     "glm": {"num_key_value_heads": 2},

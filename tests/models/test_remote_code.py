@@ -49,6 +49,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_inner": 48, "num_key_value_heads": None, "head_dim": None},
     "gpt_neox": {"num_key_value_heads": None},
     "glm": {},
+    "olmo2": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_key_value_heads": None},
     "phi3": {"num_attention_heads": 6, "num_key_value_heads": 2},
     "stablelm": {},

@@ -50,6 +50,7 @@ VARIANTS = {
     "gemma3_text": {"tie_word_embeddings": True},
     "glm4": {"tie_word_embeddings": False},
     "olmo2": {"tie_word_embeddings": True, "attention_bias": True},
+    "olmo3": {"tie_word_embeddings": False},
 }
 """By model type, and what is special."""
 

@@ -1,14 +1,11 @@
 """Tensor parallelism: two real processes that share every layer record what one process records."""
 
-import contextlib
 import os
 import pickle
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,19 +41,6 @@ class Crew:
 
     def recording(self, name: str) -> Recording:
         return self.tasks[name].recording
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports below the range from which the system deals them out: nothing that runs beside takes one before its use."""
-    found: list[int] = []
-    port = 20_000 + os.getpid() % 10_000
-    with ExitStack() as stack:
-        while len(found) < count:
-            port += 1
-            with contextlib.suppress(OSError):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-                found.append(port)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +90,10 @@ def crew(tasks: dict[str, RecordTask], tmp_path_factory: pytest.TempPathFactory)
         return found
 
     plan = steps()
-    for (name, step), port in zip(plan.items(), free_ports(len(plan)), strict=True):
+    for name, step in plan.items():
         storage = LocalStorage(folder / name.replace(" ", "-"))
-        step |= {"task": replace(step["task"], recording=Recording(storage, "digest")), "port": port}
-        step |= {"items": ITEMS, "size": 2}
+        step |= {"task": replace(step["task"], recording=Recording(storage, "digest"))}
+        step |= {"items": ITEMS, "size": 2, "place": f"file://{folder}/meet-{name.replace(' ', '-')}"}
     (folder / "steps").write_bytes(pickle.dumps(list(plan.values())))
     outcomes = run_ranks(folder)
     for step in plan.values():
@@ -122,7 +106,7 @@ def crew(tasks: dict[str, RecordTask], tmp_path_factory: pytest.TempPathFactory)
 def run_ranks(folder: Path) -> list[list[Any]]:
     """The outcomes of rank 0 and rank 1."""
     script = Path(__file__).with_name("rank_process.py")
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(folder / "steps"), str(folder / f"outcomes-{rank}")],

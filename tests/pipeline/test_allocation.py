@@ -20,6 +20,7 @@ from cria_dist.pipeline import Context, allocation, prune
 from cria_dist.pool import Flow, LocalPool
 from cria_dist.records import PruningPlan, Report, Stage
 from cria_dist.stages import verify
+from cria_dist.stages.answers import answer_of
 
 RunConfigMaker = Callable[..., RunConfig]
 MakeContext = Callable[..., Context]
@@ -286,7 +287,7 @@ def test_a_fresh_process_loads_uneven_layers(pico: Path, tmp_path: Path) -> None
     surgery.write_pruned(pico, tmp_path / "pruned", done)
     np.save(tmp_path / "tokens.npy", TOKENS.numpy().astype(np.int32))
     reference = surgery.pruned_copy(checkpoint.load_model(pico, checkpoint.Numerics()), done)
-    found = verify.loads_in_transformers(tmp_path / "pruned", reference, tmp_path / "tokens.npy", "float32")
+    found = verify.loads_in_transformers(tmp_path / "pruned", answer_of(reference, tmp_path / "tokens.npy"))
     assert found.startswith(
         "the layers differ in width, which stock from_pretrained refuses; loaded in a fresh process"
     )

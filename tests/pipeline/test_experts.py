@@ -12,11 +12,16 @@ from transformers import AutoModelForCausalLM
 from cria_dist import load_pruned
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, CriaError
+from cria_dist.files import read_json
 from cria_dist.models import checkpoint
 from cria_dist.models.checkpoint import Numerics, read_config
 from cria_dist.models.experts import output_norms
+from cria_dist.models.family import family_of
+from cria_dist.models.sizes import sizes_of
 from cria_dist.pipeline import Context, prune
 from cria_dist.records import PruningPlan, Site
+from cria_dist.stages.budget import held_out
+from cria_dist.stages.evaluate import mean_loss
 from cria_dist.stages.export_plan import apply_plan
 from cria_dist.stages.prepare import prepare
 from cria_dist.store.places import recorded
@@ -170,12 +175,59 @@ def test_whole_layers_go(
     assert all(one.perplexity is not None and one.perplexity > 0 for one in (*report.variants, *report.comparison))
 
 
+MIXES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"units": ["experts", "layer"], "ratio": 0.4}),
+    "qwen3_moe": ("qwen3_moe", {"units": ["attention", "experts", "layer"], "ratio": 0.4}),
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6, "intermediate_size": 24},
+    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+}
+
+
+@pytest.mark.parametrize("case", MIXES)
+def test_experts_share_a_budget_with_layers_and_groups(
+    case: str, make_model: Callable[..., Path], run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
+) -> None:
+    """By measured losses, which are those of the models that are written, and as many experts in all layers."""
+    model_type, asked = MIXES[case]
+    own = {"num_hidden_layers": 3, "num_experts_per_tok": 2, **SHAPES[model_type]}
+    dense = make_model(tmp_path / "dense", model_type, **own)
+    settings = {"budget": "parameters", "allocation": "sensitivity", "floor": 0.0, **asked}
+    config = run(run_config, tmp_path, dense, settings, method={"name": "activation"}, recover={"steps": 0})
+    context = make_context(config, until="apply")
+    prune(context, until="apply")
+    folder = context.job.folder
+    facts = read_json(folder / "round-00" / "allocation.json")
+    assert facts["losses"][facts["kept"]] == min(facts["losses"].values())
+    plan = PruningPlan.from_json((folder / "pruned" / "plan.json").read_text())
+    counts = {len(kept) for key, kept in plan.kept.items() if key.endswith("experts") and kept}
+    assert len(counts) == 1
+    assert counts < {2, 3, 4, 5, 6}
+    pruned = read_config(folder / "pruned")
+    assert plan.parameters == (checkpoint.count_parameters(read_config(dense)), checkpoint.count_parameters(pruned))
+    assert plan.ratio >= asked["ratio"]
+    unspent = facts["budget"]["left"] - facts["budget"]["spent"]["sensitivity"]
+    assert 0 <= unspent < max(sizes_of(pruned, family_of(pruned)).layers), "another layer would have had room"
+    load = load_pruned if "attention" in asked["units"] else AutoModelForCausalLM.from_pretrained
+    model, tokens_ST = load(folder / "pruned"), np.load(folder / "tokens" / "calibration.npy")
+    _, held = held_out(config)
+    found = mean_loss(model, tokens_ST[held.start : held.stop], config.evaluate.batch_sequences)
+    assert found == pytest.approx(facts["losses"][facts["kept"]], rel=1e-5)
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"units": ["mlp"]}, {}, "attention, experts can be pruned, mlp cannot; leave it out"),
     ({"ratio": 0.9}, {}, "leaves 0 of 6 units"),
     ({"ratio": 0.8}, {}, r"1 experts would be left in a layer, every token goes through 2"),
     ({"repair": "least_squares"}, {}, r"set prune\.repair=none, prune\.allocation=uniform"),
     ({"allocation": "global"}, {}, r"set prune\.repair=none, prune\.allocation=uniform"),
+    ({"allocation": "sensitivity"}, {}, r"set prune\.repair=none, prune\.allocation=uniform and"),
+    (
+        {"units": ["experts", "layer"], "allocation": "sensitivity", "budget": "parameters", "protect": [0]},
+        {},
+        r"prune\.protect=\[0\]: all layers have the same number of experts",
+    ),
     ({"budget": "macs"}, {}, r"a token goes through as many as before"),
     ({}, {"method": {"name": "wanda"}}, r"wanda .* does not score experts; choose activation, magnitude"),
     ({}, {"compare": [{"name": "block_influence"}]}, "block_influence does not score experts; choose activation"),

@@ -11,7 +11,11 @@ from cria_dist.config import RunConfig
 from cria_dist.errors import PlanError
 from cria_dist.pipeline import Context, prune
 from cria_dist.records import PruningPlan, Site
+from cria_dist.report.progress import Progress
+from cria_dist.runtime import sweep as sweeps
+from cria_dist.runtime import trials
 from cria_dist.stages.layer_times import LayerTimer
+from cria_dist.stages.sweep import Sweep, Trial
 
 RunConfigMaker = Callable[..., RunConfig]
 MakeContext = Callable[..., Context]
@@ -87,3 +91,36 @@ def test_a_share_of_the_time_that_the_layers_do_not_take_is_refused(
     with pytest.raises(PlanError, match="cannot be reached"):
         plan_of(make_context, run_config, tmp_path, heads, 0.97)
     assert measured
+
+
+def test_trials_of_a_sweep_find_their_times(
+    measured: list[int], heads: Path, run_config: RunConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share the machine, so the clock must not run while they do."""
+    settings = {"units": ["mlp", "attention"], "allocation": "sensitivity", "budget": "latency", "multiple": 16}
+    configs = [
+        run_config(
+            tmp_path,
+            model={"path": str(heads)},
+            method={"name": "wanda"},
+            prune={**settings, "ratio": ratio, "latency": counted},
+            run={"gpus_per_worker": 0},
+        )
+        for ratio, counted in ((0.2, "decode"), (0.3, "decode"), (0.2, "prefill"))
+    ]
+    before: list[int] = []
+
+    def carry_out(sweep: Sweep, make_context: Callable[[Trial], Context], progress: Progress) -> trials.Tried:
+        del progress
+        before.append(len(measured))
+        for trial in sweep.trials:
+            prune(make_context(trial), until="decide")
+        return trials.Tried((), {})
+
+    monkeypatch.setattr(trials, "carry_out", carry_out)
+    sweep = Sweep(configs[0], tuple(Trial(str(number), "", config) for number, config in enumerate(configs)), 2)
+    sweeps.carry_out(sweep, 1)
+    assert before == [len(measured)]
+    assert before[0] > 0
+    tables = sorted(path.name for path in tmp_path.rglob("latency-*.json"))
+    assert (len(tables), len(set(tables))) == (3, 2)

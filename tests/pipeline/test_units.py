@@ -248,7 +248,6 @@ def test_what_does_not_go_with_groups(
 @pytest.mark.parametrize(
     ("model_type", "own", "reason"),
     [
-        ("olmo2", {}, r"mlp can be pruned, attention cannot \(.*q_norm is one norm over all heads, which would change"),
         (
             "cohere",
             {"use_qk_norm": True},

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,27 +13,26 @@ import ray
 from ray.util.placement_group import placement_group_table
 
 from cria_dist.errors import NumericError, WorkerError
+from cria_dist.models import ranks
 from cria_dist.pool import Flow
 from cria_dist.runtime import pool as ray_pool
 from cria_dist.runtime.crew import Shape, needs_and_nodes
 from cria_dist.runtime.pool import RayPool
+from tests.runtime.listening import listeners
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]
 
 PAIR = Flow(ranks=2)
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "CRIA_MEETING")
 
 
 class Adder:
     """Sums (rank + 1) * item over the process group; rank 1 kills itself at chosen items, once each."""
 
     def __init__(self, folder: Path, deadly: tuple[int, ...] = ()) -> None:
-        import torch
-
         self._folder, self._deadly = folder, deadly
-        torch.distributed.init_process_group("gloo")
-        self._rank = torch.distributed.get_rank()
-        (folder / f"group-{os.getpid()}").write_text(os.environ["MASTER_PORT"])
+        self._rank = ranks.join(2).rank
+        (folder / f"group-{os.getpid()}").write_text(os.environ["CRIA_MEETING"])
 
     def __call__(self, item: int) -> float:
         import torch
@@ -46,8 +46,18 @@ class Adder:
         return value.item()
 
 
+class Leaving(Adder):
+    """Parts from the other rank after every item."""
+
+    def __call__(self, item: int) -> float:
+        try:
+            return super().__call__(item)
+        finally:
+            ranks.leave()
+
+
 def environment() -> Callable[[int], dict[str, str]]:
-    return lambda item: {name: os.environ[name] for name in NAMES} | {"address": os.environ["MASTER_ADDR"]}
+    return lambda item: {name: os.environ[name] for name in NAMES}
 
 
 def stubborn_rank() -> Callable[[int], int]:
@@ -84,9 +94,16 @@ def test_every_item_is_run_by_all_ranks_together(pool: RayPool, tmp_path: Path) 
 
 def test_ranks_find_each_other_in_their_environment(pool: RayPool) -> None:
     [(_, found)] = pool.map(environment, [0], flow=PAIR)
-    address = found.pop("address")
+    place = Path(found.pop("CRIA_MEETING").removeprefix("file://"))
     assert found == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    assert address in {node["NodeManagerAddress"] for node in ray.nodes()}
+    assert stat.S_IMODE(place.parent.stat().st_mode) == 0o700
+
+
+def test_a_crew_meets_anew_at_every_stage_and_opens_no_port_beyond_loopback(pool: RayPool, tmp_path: Path) -> None:
+    for item in (1, 2):
+        make = functools.partial(Leaving, tmp_path)
+        assert dict(pool.map(make, [item], flow=PAIR)) == {item: 3.0 * item}
+    assert {address for _, address in listeners()} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
@@ -96,7 +113,7 @@ def test_a_dead_rank_ends_the_crew_and_the_item_is_done_by_a_new_one(pool: RayPo
     assert len(list(tmp_path.glob("died-*"))) == 2
     groups = [path.read_text() for path in tmp_path.glob("group-*")]
     assert len(groups) == 6  # three crews of two
-    assert len(set(groups)) == 3  # each with a port of its own
+    assert len(set(groups)) == 3  # each with a meeting place of its own
 
 
 def test_an_error_of_ours_on_any_rank_is_the_items_error_at_once(pool: RayPool) -> None:

@@ -1,7 +1,6 @@
 """Sweeps on Ray Tune: trials are the single runs, recording and scores are shared, a killed sweep goes on."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -53,6 +52,21 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "verify_exports", lambda *_: {})
 
 
+def stopped(by: signal.Signals, path: Path, trials: int, *overrides: str) -> str:
+    """Carry out a sweep in a process on the session's cluster until so many trials are done; returns what it said."""
+    folder, address = plan(str(path)).folder / "trials", ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "cria_dist", "sweep", str(path), f"run.address={address}", *overrides]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while len(list(folder.glob("*.json"))) < trials:
+            assert driver.poll() is None, driver.communicate()[0]
+            time.sleep(0.05)
+        driver.send_signal(by)
+        return driver.communicate()[0]
+    finally:
+        driver.kill()
+
+
 @pytest.mark.usefixtures("unverified")
 def test_trials_are_single_runs_and_a_failed_one_is_named(
     write_sweep: WriteSweep, make_context: Callable[..., Any], session: int, tmp_path: Path
@@ -93,16 +107,8 @@ def test_a_killed_sweep_goes_on_with_ray_workers_and_finds_the_same(
 ) -> None:
     path = write_sweep({"recover": {"steps": [0, 6]}})
     sweep = plan(str(path))
-    address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "cria_dist", "sweep", str(path), f"run.address={address}", "run.pool=local"]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while not (done := list((sweep.folder / "trials").glob("*.json"))):
-        assert driver.poll() is None, driver.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
+    stopped(signal.SIGKILL, path, 1, "run.pool=local")
+    done = list((sweep.folder / "trials").glob("*.json"))
     assert not (sweep.folder / "sweep.json").exists()
     finished = done[0].stat().st_mtime_ns
 
@@ -181,6 +187,37 @@ def test_a_recovery_that_falls_behind_is_stopped_stays_so_and_its_command_goes_o
     assert alone is not None
     assert (ended.stopped, ended.after.label) == (None, "recovered")
     assert ended.after.perplexity == alone.variants[-1].perplexity
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+@pytest.mark.usefixtures("unverified")
+def test_trials_that_train_on_workers_race_and_an_interrupted_sweep_goes_on(
+    write_sweep: WriteSweep, session: int
+) -> None:
+    """The second of three is stopped, then the driver is."""
+    grid = {"recover": {"steps": [8], "patience": [9], "learning_rate": [2e-3, 1e-9, 4e-3]}}
+    path = write_sweep(grid, 1, {"scheduler": "asha", "grace_steps": 4, "reduction_factor": 2}, workers=1)
+    sweep, said = plan(str(path)), stopped(signal.SIGINT, path, 2)
+    assert said.endswith("interrupted; run the same command again to continue from what is finished\n")
+    assert not (sweep.folder / "sweep.json").exists()
+    done = list((sweep.folder / "trials").glob("*.json"))
+    logs = [next(trial.folder.glob("recover/loss-*.jsonl")) for trial in sweep.trials[:2]]
+    assert [len(read_log(log)) for log in logs] == [8, 4]
+    before = [file.stat().st_mtime_ns for file in (*done, *logs)]
+
+    rows = sweeps.carry_out(sweep, session)
+    assert [file.stat().st_mtime_ns for file in (*done, *logs)] == before, "a finished trial was run again"
+    assert [row.after.label for row in rows] == ["recovered", "repaired", "recovered"]
+    loss = read_log(logs[1])[-1]["held_out"]
+    said = f"stopped after 4 of 8 steps, held-out loss {loss:.4f}"
+    assert [row.stopped for row in rows] == [None, said, None]
+    told = json.loads((sweep.folder / "sweep.json").read_text())["trials"]
+    assert [one.get("stopped") for one in told] == [None, said, None]
+    [best] = (sweep.folder / "best").iterdir()
+    assert best.resolve() in (rows[0].checkpoint, rows[2].checkpoint)
+    assert len(read_log(next(sweep.trials[2].folder.glob("recover/loss-*.jsonl")))) == 8
 
 
 def test_more_training_workers_than_there_are_places_is_an_error_at_once(write_sweep: WriteSweep, session: int) -> None:

@@ -19,6 +19,7 @@ from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import recover
 from cria_dist.stages.halving import Race
 from cria_dist.stages.recover import Place, RecoverTask, Teacher, read_log
+from tests.runtime.listening import watched
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.usefixtures("session")]
 
@@ -50,7 +51,9 @@ def test_two_distilling_workers_equal_one(pico: Path, tmp_path: Path) -> None:
 
     one, two = task("one"), task("two")
     recover.train(one, Place(), None, lambda step, write: None)
-    RayTrainer(2, use_gpu=False)(two, "distil", tmp_path / "trainer")
+    with watched() as listening:
+        RayTrainer(2, use_gpu=False)(two, "distil", tmp_path / "trainer")
+    assert {address for process, address in listening if "TrainWorker" in process} == {"127.0.0.1"}
     assert losses(two.log_path) == pytest.approx(losses(one.log_path), abs=1e-4)
     assert losses(one.log_path)[-1] < losses(one.log_path)[0] - 0.1
     assert (two.target / checkpoint.WEIGHTS).stat().st_size == (one.target / checkpoint.WEIGHTS).stat().st_size

@@ -1,5 +1,6 @@
 """Analysis of a site: the statistics a method gets, and what becomes of its verdict."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from cria_dist.errors import DataError, NumericError
-from cria_dist.methods import Cria, Magnitude, Random, SiteStatistics, Verdict
+from cria_dist.methods import Conditional, Cria, Magnitude, Random, SiteStatistics, Verdict
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import partition
-from cria_dist.records import Site
+from cria_dist.records import Moments, Site
 from cria_dist.stages import analyse
 from cria_dist.stages.analyse import AnalyseTask, Analyst
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
@@ -152,7 +153,32 @@ def test_a_recording_that_is_gone_is_an_error(make_task: MakeTask, tmp_path: Pat
 
 
 def test_as_many_analysts_on_a_gpu_as_its_memory_holds() -> None:
-    one = analyse.analyst_bytes(8192, 11008)
+    needs = Cria().needs
+    one = analyse.analyst_bytes(needs, 8192, 11008, 4096)
     assert one == 6 * 4 * 8192 * 11008  # no dense matrix: the spectrum of so many neurons is estimated
-    assert analyse.analyst_bytes(8192, 4096) == 6 * 4 * 8192 * 4096 + 4 * 8 * 4096**2
-    assert [analyse.analysts_per_device(8192, 11008, share * one // 2) for share in (1, 2, 5, 100)] == [1, 1, 2, 4]
+    assert analyse.analyst_bytes(needs, 8192, 4096, 4096) == 6 * 4 * 8192 * 4096 + 4 * 8 * 4096**2
+    assert [analyse.analysts_per_device(one, share * one // 2) for share in (1, 2, 5, 100)] == [1, 1, 2, 4]
+    assert analyse.analysts_per_device(analyse.analyst_bytes(Random().needs, 8192, 11008, 4096), 10**9) == 4
+    gram = 8 * 28672**2
+    for width, hidden, memory, fits in ((28672, 8192, 80e9, 1), (11008, 4096, 24e9, 3), (11008, 4096, 80e9, 4)):
+        size = analyse.analyst_bytes(Conditional().needs, 4096, width, hidden)
+        assert analyse.analysts_per_device(size, int(0.9 * memory)) == fits
+    assert 5 * gram < analyse.analyst_bytes(Conditional().needs, 4096, 28672, 8192) < 8 * gram
+
+
+def test_without_gpus_as_many_analysts_as_the_machine_holds() -> None:
+    assert [analyse.analysts_at_a_time(10, available, 8) for available in (0, 4, 5, 10, 99)] == [1, 3, 4, 8, 8]
+    assert analyse.analysts_at_a_time(0, 0, 8) == 1
+
+
+@pytest.mark.parametrize("hidden", [64, 800])
+def test_the_memory_of_an_analyst_of_moments_is_foreseen(hidden: int) -> None:
+    width, rng = 800, np.random.default_rng(0)
+    signals_TN = rng.standard_normal((width, width))
+    tracemalloc.start()
+    moments = Moments(width, signals_TN.sum(axis=0), signals_TN.T @ signals_TN)
+    Conditional().score(SiteStatistics(width, moments=moments, output_DN=rng.standard_normal((hidden, width))))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    foreseen = analyse.analyst_bytes(Conditional().needs, 4096, width, hidden)
+    assert peak < foreseen < 1.6 * peak

@@ -70,6 +70,8 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert "fits: 2 blocks of 16 layers" in str(found["memory.sweep"])
     assert str(found["memory.tensor"]).endswith("8 workers share every layer")
     assert str(found["schedule"]).startswith("pipeline: 13.2 GB of weights + 15.5 GB of moments")
+    assert str(found["memory.evaluate"]).startswith("22.1 GB, does not fit: a worker holds the whole model")
+    assert found["analyst_memory_bytes"] == 6 * 4 * 4096 * 11008
 
 
 def test_llama_3_70b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:

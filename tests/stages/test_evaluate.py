@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cria_dist.models.checkpoint import Numerics
 from cria_dist.models.family import family_of
 from cria_dist.records import Evaluation
 from cria_dist.stages import verify
+from cria_dist.stages.answers import answer_of, answer_of_variant
 from cria_dist.stages.decide import Accounts, make_plan
 from cria_dist.stages.evaluate import PerplexityMeter, Variant, mean_loss
 
@@ -124,7 +126,20 @@ def test_a_stranger_finds_a_tampered_weight(pico: Path, tokens_path: Path, tmp_p
     reference = surgery.pruned_copy(checkpoint.load_model(pico, Numerics()), surgery_of(pico))
     change_a_weight(tmp_path / "pruned", 0.5)
     with pytest.raises(DataError, match=r"pruned loads in transformers, but its logits differ by \d"):
-        verify.loads_in_transformers(tmp_path / "pruned", reference, tokens_path, "float32")
+        verify.loads_in_transformers(tmp_path / "pruned", answer_of(reference, tokens_path))
+
+
+def test_weights_in_half_precision_are_compared_in_float32(
+    make_model: Callable[..., Path], tokens_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = make_model(tmp_path / "half", dtype="bfloat16")
+    expected = answer_of_variant(Variant("dense", half), tokens_path)
+    exact = checkpoint.from_pretrained(half, dtype=torch.float32)
+    with torch.inference_mode():
+        assert np.array_equal(expected.logits, exact(**expected.inputs).logits.numpy())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # this is about the CPU even there
+    assert np.array_equal(answer_of_variant(Variant("dense", half), tokens_path).logits, expected.logits)
+    assert verify.loads_in_transformers(half, expected).endswith("logits equal (largest difference 0.0e+00)")
 
 
 def test_a_checkpoint_that_does_not_load_is_an_error(
@@ -132,7 +147,7 @@ def test_a_checkpoint_that_does_not_load_is_an_error(
 ) -> None:
     monkeypatch.setattr(verify, "STRANGER", "import sys\nraise OSError(f'no weights in {sys.argv[1]}')")
     with pytest.raises(DataError, match=r"pico does not load in transformers: OSError: no weights in .*pico"):
-        verify.loads_in_transformers(pico, checkpoint.load_model(pico, Numerics()), tokens_path, "float32")
+        verify.loads_in_transformers(pico, answer_of(checkpoint.load_model(pico, Numerics()), tokens_path))
 
 
 def test_the_stranger_cannot_import_this_package(
@@ -141,17 +156,17 @@ def test_the_stranger_cannot_import_this_package(
     first_lines, _, _ = verify.STRANGER.partition("import numpy")
     monkeypatch.setattr(verify, "STRANGER", f"{first_lines}\nimport cria_dist.models.family")
     with pytest.raises(DataError, match=r"does not load in transformers: ModuleNotFoundError.*cria_dist"):
-        verify.loads_in_transformers(pico, checkpoint.load_model(pico, Numerics()), tokens_path, "float32")
+        verify.loads_in_transformers(pico, answer_of(checkpoint.load_model(pico, Numerics()), tokens_path))
 
 
 def test_a_logit_that_is_not_a_number_is_not_equal(
     pico: Path, tokens_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = "import sys, numpy\nfrom safetensors.numpy import save_file\nsave_file({'logits': numpy.full((1, 24, 300), "
-    monkeypatch.setattr(verify, "STRANGER", f"{quick}numpy.nan, numpy.float32)}}, sys.argv[4])")
+    monkeypatch.setattr(verify, "STRANGER", f"{quick}numpy.nan, numpy.float32)}}, sys.argv[3])")
     reference = checkpoint.load_model(pico, Numerics())
     with pytest.raises(DataError, match="logits differ by nan"):
-        verify.loads_in_transformers(pico, reference, tokens_path, "float32")
+        verify.loads_in_transformers(pico, answer_of(reference, tokens_path))
 
 
 def test_variants_are_named_and_can_be_keys(pico: Path) -> None:

@@ -85,6 +85,8 @@ def test_mistakes_are_told_and_leave_nothing(
     other = make_model(tmp_path / "other", num_hidden_layers=3)
     assert "the plan is of a model with" in call(plan, other, tmp_path / "out").stderr
     assert "is there already" in call(plan, pico, run).stderr
+    twin = make_model(tmp_path / "twin", hidden_act="gelu")  # as many parameters
+    assert "pruned/plan.json was made of other weights than" in call(plan, twin, tmp_path / "out").stderr
     beside = run / "round-00" / "plan.json"
     record = json.loads(beside.read_text())
     units = record["kept"]["layer-000.mlp"]
@@ -95,6 +97,8 @@ def test_mistakes_are_told_and_leave_nothing(
     beside.write_text(json.dumps(record))
     alone = tmp_path / "plan.json"
     shutil.copyfile(plan, alone)
+    replaced = ["--replaced", run / "round-00" / "repair"]
+    assert "round-00/repair was made of other weights" in call(alone, twin, tmp_path / "out", *replaced).stderr
     assert "is of another plan" in call(alone, pico, tmp_path / "out", "--replaced", run / "round-00" / "repair").stderr
     beside.write_text(whole)
     (run / "round-00" / "repair" / "layer-001.mlp.safetensors").unlink()

@@ -12,6 +12,7 @@ from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery, write_pruned
 from cria_dist.report.writer import report_from_json
 from cria_dist.stages import loaders
+from cria_dist.stages.answers import answer_of
 from cria_dist.stages.loaders import verdicts
 from tests.conftest import FinishedRun
 
@@ -33,21 +34,20 @@ def uneven(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def asked(directory: Path, tokens: Path, dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    return verdicts(directory, checkpoint.from_pretrained(directory, dtype=dtype), tokens)
+def asked(directory: Path, tokens: Path) -> dict[str, str]:
+    return verdicts(directory, answer_of(checkpoint.from_pretrained(directory, dtype=torch.float32), tokens))
 
 
 def test_layers_that_differ_load_in_all_that_have_a_form_for_them(uneven: Path, tokens: Path) -> None:
     found = asked(uneven, tokens)
     assert found["llama.cpp"].startswith("equal: GGUF of `cria export`, architecture 'deci', loaded in a fresh process")
     assert "the same most likely token at 32 of 32 positions" in found["llama.cpp"]
-    assert found["vLLM"] == "by rule: as DeciLMForCausalLM, which `cria export --format decilm` writes"
+    assert (
+        found["vLLM"]
+        == "by rule: as DeciLMForCausalLM, which `cria export --format decilm` writes, with trust_remote_code"
+    )
     assert found["transformers, trust_remote_code"].startswith("by rule: modeling_pruned.py")
     assert found["onnxruntime"].startswith("no: ")
-
-
-def test_a_run_in_bfloat16_is_compared_in_float32(uneven: Path, tokens: Path) -> None:
-    assert asked(uneven, tokens, torch.bfloat16)["llama.cpp"].startswith("equal: ")
 
 
 def test_a_report_says_it_of_what_the_run_ended_with(finished_run: FinishedRun) -> None:
@@ -78,14 +78,15 @@ def test_a_file_that_llama_cpp_refuses_is_no(uneven: Path, tokens: Path, monkeyp
 def test_what_is_not_installed_or_too_large_is_by_rule(
     pico: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders, "GGUF_BYTES", 100)
+    monkeypatch.setattr(loaders, "TRIED_BYTES", 100)
     assert asked(pico, tokens)["llama.cpp"].endswith("too large to be tried here")
     monkeypatch.setattr(loaders, "find_spec", lambda name: None if name == "llama_cpp" else True)
     assert asked(pico, tokens)["llama.cpp"].endswith("llama-cpp-python is not installed to try it")
 
 
 def test_models_without_text_have_onnx(pico_vit: Path, tmp_path: Path) -> None:
-    found = verdicts(pico_vit, checkpoint.from_pretrained(pico_vit), tmp_path)
+    np.save(tmp_path / "pixels.npy", np.zeros((1, 3, 16, 16), np.float32))
+    found = verdicts(pico_vit, answer_of(checkpoint.from_pretrained(pico_vit), tmp_path / "pixels.npy"))
     assert {name: verdict.partition(":")[0] for name, verdict in found.items()} == {
         "llama.cpp": "no",
         "vLLM": "no",

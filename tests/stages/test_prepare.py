@@ -13,11 +13,21 @@ from cria_dist import files
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, CriaError, DataError, PlanError
 from cria_dist.models import checkpoint
-from cria_dist.records import Site
+from cria_dist.records import Site, Stage
 from cria_dist.stages.estimate import bytes_of_run, estimate
 from cria_dist.stages.prepare import final_widths, prepare, run_folder
 
 RunConfigMaker = Callable[..., RunConfig]
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(
+    make_model: Callable[..., Path], run_config: RunConfigMaker, tmp_path: Path
+) -> None:
+    small = make_model(tmp_path / "small", vocab_size=120, bos_token_id=1, eos_token_id=2)
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer makes token 2\d\d and the model knows 0 to 119; take this mod"
+    ):
+        prepare(run_config(tmp_path / "run", model={"path": str(small)}))
 
 
 def test_a_job_knows_model_text_and_budget(run_config: RunConfigMaker, tmp_path: Path, pico: Path) -> None:
@@ -49,6 +59,8 @@ def test_where_a_run_is_carried_out_does_not_move_it(run_config: RunConfigMaker,
     assert run_folder(run_config(tmp_path, prune={"ratio": 0.5})) != folder
     assert run_folder(run_config(tmp_path, seed=1)) != folder
     assert run_folder(run_config(tmp_path, run={"folder": str(tmp_path / "here")})) == tmp_path / "here"
+    assert run_folder(run_config(tmp_path, run={"folder": "~/here"})) == Path.home() / "here"
+    assert run_folder(run_config(tmp_path, run={"root": "~"})).parent == Path.home()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[CriaError], str]] = {
@@ -87,6 +99,15 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CriaError], str]] = {
         {"record": {"tokens": 400}},
         ConfigError,
         r"record\.tokens=400 is more than the 372 tokens .*lower it or raise data\.calibration_sequences",
+    ),
+    "nothing left to train on": (
+        {
+            "recover": {"steps": 2, "patience": 1, "sequence_length": 64},
+            "data": {"calibration_sequences": 2},
+            "record": {"tokens": 32},
+        },
+        ConfigError,
+        r"recover\.patience=1 holds training sequences out, and the calibration corpus makes 1 of recover",
     ),
     "batch and workers": (
         {"recover": {"batch_sequences": 3, "workers": 2}},
@@ -203,6 +224,34 @@ def test_no_disk_space(run_config: RunConfigMaker, tmp_path: Path, monkeypatch: 
     assert not job.folder.exists()
     monkeypatch.setattr(files, "free_bytes", lambda path: needed)
     assert prepare(config).folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("until", "changes", "named"),
+    [
+        ("evaluate", {}, "evaluate (hence prune)"),
+        ("recover", {}, None),
+        ("decide", {"prune": {"allocation": "sensitivity"}}, "prune.allocation=sensitivity"),
+        ("analyse", {"method": {"name": "taylor", "sequences": 4}}, "taylor"),
+        ("record", {"method": {"name": "taylor", "sequences": 4}}, None),
+        ("evaluate", {"record": {"memory_gb": 1}}, None),
+    ],
+)
+def test_what_holds_the_whole_model_is_told_beforehand(
+    until: Stage,
+    changes: dict[str, Any],
+    named: str | None,
+    run_config: RunConfigMaker,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prepare(run_config(tmp_path, **{"record": {"memory_gb": 1e-5}, **changes}), until)
+    found = [one.getMessage() for one in caplog.records if "whole model" in one.getMessage()]
+    if named is None:
+        assert not found
+    else:
+        assert found[0].startswith(f"{named}: a worker holds the whole model, ")
+        assert "kB, and record.memory_gb=1e-05; take a larger device, or stop before it" in found[0]
 
 
 def test_a_folder_that_cannot_be_written(run_config: RunConfigMaker, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cria_dist.errors import DataError
 from cria_dist.stages.recover_log import following, read_log
 
 
@@ -21,6 +22,14 @@ def test_a_torn_last_line_is_left_out(cut: int, tmp_path: Path) -> None:
     path = tmp_path / "loss.jsonl"
     path.write_text(f"{line(1, 3.0)}\n{line(2, 2.0)}\n{line(3, 1.0)[:-cut]}")
     assert [(one["step"], one["loss"]) for one in read_log(path)] == [(1, 3.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("garbage", [b"\x80\x81\xff", b"[1, 2]", b"7", b'{"loss": 1.0}', b'{"step": "3"}'])
+def test_a_line_of_something_else_is_named(garbage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "loss.jsonl"
+    path.write_bytes(b"\n".join([line(1, 3.0).encode(), garbage, line(2, 2.0).encode()]))
+    with pytest.raises(DataError, match=r"loss\.jsonl, line 2, is not of a loss log \(.*\); delete the line"):
+        read_log(path)
 
 
 def test_of_a_step_logged_twice_the_later_counts(tmp_path: Path) -> None:

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageClassification
 
+from cria_dist import files
 from cria_dist.config import RecoverConfig, RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
+from cria_dist.models.mlp import LAYER_WIDTHS
 from cria_dist.stages import recover
 from cria_dist.stages.check_recovery import check_recovery
+from cria_dist.stages.examples import PADDING
 from cria_dist.stages.halving import Race
 from cria_dist.stages.prepare import prepare
 from cria_dist.stages.recover import Place, RecoverTask, Teacher, read_log
@@ -31,10 +35,24 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adapted": {"lora_rank": 3, "distill": 0.5, "checkpoint_activations": True, "patience": 5},
     "experts": {"train": "all", "distill": 0.5},
     "sparse": {"train": "mlp", "checkpoint_activations": True},
+    "sentences": {"train": "all", "patience": 5, "distill": 0.5, "batch_sequences": 6},
+    "images": {"patience": 5, "distill": 0.5},
+    "half-images": {"dtype": "bfloat16"},
+    "channels": {"train": "all", "patience": 5, "shift_pixels": 2},
 }
 """``all``: nine sequences are trained on and one is held out, so that one of two workers has none to look at.
 ``experts``: of three, one worker has two; what makes up one tensor in memory lies in several files.
+``sentences``: nine are held out, in groups of four, so that one of two workers looks twice and the other once; of the
+seven ``images``, both look once.
 """
+CLASSIFIERS = {
+    "sentences": (90, 12),
+    "images": (70, 3, 16, 16),
+    "half-images": (8, 3, 16, 16),
+    "channels": (20, 3, 32, 32),
+}
+"""Examples of each, by their shape."""
+RESUMED = ("all", "adapted", "sentences")
 WORLD = 2
 WITH_ZEROS = "model.layers.0.mlp.down_proj.weight"
 
@@ -58,9 +76,11 @@ class Trainings:
         (self.folder / name).mkdir()
         outputs = (self.folder / name / "recovered", self.folder / name / "loss.jsonl")
         held = (WITH_ZEROS,) if recipe == "sparse" else ()
-        data, config = self.folder / "tokens.npy", RecoverConfig.model_validate(settings)
-        teacher = Teacher(self.models["teacher"], "float32")
-        self.tasks[name] = RecoverTask(model, data, *outputs, config, "highest", 0, teacher, held)
+        labels = self.folder / f"{recipe}-labels.npy" if recipe in CLASSIFIERS else None
+        data = self.folder / f"{recipe if labels else 'tokens'}.npy"
+        config = RecoverConfig.model_validate(settings)
+        teacher = Teacher(self.models.get(f"{recipe}-teacher", self.models["teacher"]), "float32")
+        self.tasks[name] = RecoverTask(model, data, *outputs, config, "highest", 0, teacher, held, labels)
         return self.tasks[name]
 
     def state(self, name: str, step: int = 3) -> Path:
@@ -97,10 +117,66 @@ class Trainings:
         }
 
 
+def narrower(source: Path, target: Path) -> Path:
+    """A classifier without the last neurons of its layers, as many left in each as in no other."""
+    config, tensors = checkpoint.read_config(source), load_file(source / checkpoint.WEIGHTS)
+    family, widths = family_of(config), [20, 36, 48]
+    for site, width in zip(family.widths(config), widths, strict=True):
+        for name, dimension in family.coupled_tensors(site, config).items():
+            tensors[name] = tensors[name].narrow(dimension, 0, width).contiguous()
+    shutil.copytree(source, target)
+    save_file(tensors, target / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    files.write_json(target / "config.json", {**config, LAYER_WIDTHS: widths})
+    return target
+
+
+def save_net(folder: Path) -> Path:
+    """A small ResNet of bottleneck blocks."""
+    shape = {"depths": [1, 1], "inner_channels": [8, 8], "channels": [16, 24], "stem_channels": 8, "image_size": 32}
+    torch.manual_seed(2)
+    settings = AutoConfig.for_model("resnet_bottleneck", num_labels=2, **shape)
+    AutoModelForImageClassification.from_config(settings).save_pretrained(folder)
+    return folder
+
+
+def save_examples(folder: Path) -> None:
+    """What the classifiers learn from: sentences of 4 to 12 tokens, and images, whose labels can be told."""
+    rng = np.random.default_rng(1)
+    for name, shape in CLASSIFIERS.items():
+        if len(shape) == 2:
+            inputs = rng.integers(3, 256, shape).astype(np.int32)
+            labels = inputs[:, 1] % 2
+            inputs[np.arange(shape[1]) >= rng.integers(4, shape[1] + 1, (shape[0], 1))] = PADDING
+        else:
+            inputs = rng.normal(size=shape).astype(np.float32)
+            labels = (inputs.mean(axis=(1, 2, 3)) > 0).astype(np.int64)
+        np.save(folder / f"{name}.npy", inputs)
+        np.save(folder / f"{name}-labels.npy", labels)
+
+
 @pytest.fixture(scope="module")
-def trainings(pico: Path, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+def classifiers(pico_bert: Path, pico_vit: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("classifiers")
+    return {
+        "sentences": narrower(pico_bert, folder / "bert"),
+        "sentences-teacher": pico_bert,
+        "images": narrower(pico_vit, folder / "vit"),
+        "images-teacher": pico_vit,
+        "half-images": pico_vit,
+        "channels": save_net(folder / "resnet"),
+    }
+
+
+@pytest.fixture(scope="module")
+def trainings(
+    pico: Path,
+    classifiers: dict[str, Path],
+    make_model: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trainings:
     """All recipes alone and by two workers, and some by two who go on."""
     folder = tmp_path_factory.mktemp("shards")
+    save_examples(folder)
     untied = make_model(folder / "untied", dtype="bfloat16", shard_size="20KB", tie_word_embeddings=False)
     sparse = shutil.copytree(pico, folder / "sparse-model")
     tensors = load_file(sparse / checkpoint.WEIGHTS)
@@ -109,11 +185,12 @@ def trainings(pico: Path, make_model: Callable[..., Path], tmp_path_factory: pyt
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 256, (10, 16)).astype(np.int32))
     mixture = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
     experts = make_model(folder / "experts-model", "qwen3_moe", shard_size="20KB", **mixture)
-    them = Trainings(folder, {"tied": pico, "untied": untied, "sparse": sparse, "teacher": sparse, "experts": experts})
+    models = {"tied": pico, "untied": untied, "sparse": sparse, "teacher": sparse, "experts": experts}
+    them = Trainings(folder, models | classifiers)
     for recipe in RECIPES:
         them.alone(them.task(recipe))
     jobs: list[Job] = [(them.task(recipe, "-2"), None) for recipe in RECIPES]
-    for recipe in ("all", "adapted"):
+    for recipe in RESUMED:
         jobs += [
             (them.task(recipe, "-1-2"), them.state(recipe)),
             (them.task(recipe, "-2-2"), them.state(f"{recipe}-2")),
@@ -128,10 +205,17 @@ def trainings(pico: Path, make_model: Callable[..., Path], tmp_path_factory: pyt
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_workers_that_share_the_model_equal_one_that_has_it(recipe: str, trainings: Trainings) -> None:
-    """In mixed precision, what is rounded is rounded elsewhere."""
+    """In mixed precision, what is rounded is rounded elsewhere.
+
+    A key's bias adds the same to all scores of a query, which softmax takes out again: its gradient is rounding alone,
+    and AdamW's steps, eight of at most 2e-3, as long as any.
+    """
     alone, shared = trainings.losses(recipe), trainings.losses(f"{recipe}-2")
     assert alone.keys() == shared.keys() == set(range(1, 9))
-    np.testing.assert_allclose(list(shared.values()), list(alone.values()), atol=3e-3 if recipe == "half" else 1e-5)
+    half = "dtype" in RECIPES[recipe]
+    np.testing.assert_allclose(
+        list(shared.values()), list(alone.values()), atol=5e-3 if half else 1e-5, rtol=5e-3 if half else 1e-7
+    )
     one, two = trainings.tasks[recipe].target, trainings.tasks[f"{recipe}-2"].target
     assert {path.name: path.stat().st_size for path in one.iterdir()} == {
         path.name: path.stat().st_size for path in two.iterdir()
@@ -139,7 +223,9 @@ def test_two_workers_that_share_the_model_equal_one_that_has_it(recipe: str, tra
     mine, theirs = trainings.weights(trainings.tasks[recipe]), trainings.weights(trainings.tasks[f"{recipe}-2"])
     assert mine.keys() == theirs.keys()
     for name in mine:
-        assert torch.allclose(mine[name].float(), theirs[name].float(), atol=1e-2 if recipe == "half" else 3e-4), name
+        tolerance = 4e-2 if name.endswith("key.bias") else 1e-2 if half else 3e-4
+        assert mine[name].shape == theirs[name].shape
+        assert torch.allclose(mine[name].float(), theirs[name].float(), atol=tolerance), name
 
 
 def test_the_place_of_a_shared_teacher_changes_nothing(trainings: Trainings) -> None:
@@ -149,7 +235,7 @@ def test_the_place_of_a_shared_teacher_changes_nothing(trainings: Trainings) -> 
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("recipe", ["all", "adapted"])
+@pytest.mark.parametrize("recipe", RESUMED)
 def test_two_workers_go_on_where_one_or_two_were(recipe: str, trainings: Trainings) -> None:
     """To the bit where two were."""
     whole = trainings.losses(f"{recipe}-2")
@@ -168,7 +254,7 @@ def test_two_workers_stop_together_when_they_fall_behind(trainings: Trainings) -
     assert not trainings.tasks["all-2-race"].target.exists()
 
 
-@pytest.mark.parametrize("recipe", ["all", "adapted"])
+@pytest.mark.parametrize("recipe", RESUMED)
 def test_one_worker_goes_on_where_two_were(recipe: str, trainings: Trainings) -> None:
     trainings.alone(trainings.task(recipe, "-2-1"), trainings.state(f"{recipe}-2"))
     rest = {step: loss for step, loss in trainings.losses(recipe).items() if step > 3}
@@ -207,14 +293,14 @@ def test_what_does_not_go_together(
         prepare(run_config(tmp_path, recover={"strategy": "fsdp2", **recover}))
 
 
-@pytest.mark.parametrize("option", [{"strategy": "fsdp2"}, {"distill_hidden": 0.5}])
-def test_classifiers_are_refused(
-    option: dict[str, Any], run_config: Callable[..., RunConfig], pico_vit: Path, tmp_path: Path
+def test_classifiers_share_parameters_and_compare_no_hidden_states(
+    run_config: Callable[..., RunConfig], pico_vit: Path, tmp_path: Path
 ) -> None:
     model_config = checkpoint.read_config(pico_vit)
-    config = run_config(tmp_path, recover=option)
+    family = family_of(model_config)
+    check_recovery(run_config(tmp_path, recover={"strategy": "fsdp2"}), family, model_config)
     with pytest.raises(ConfigError, match=r"is for language models; set recover\."):
-        check_recovery(config, family_of(model_config), model_config)
+        check_recovery(run_config(tmp_path, recover={"distill_hidden": 0.5}), family, model_config)
 
 
 def test_how_many_share_is_no_part_of_a_result(run_config: Callable[..., RunConfig], tmp_path: Path) -> None:

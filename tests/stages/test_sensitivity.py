@@ -41,6 +41,50 @@ def task(
     )
 
 
+@pytest.fixture(scope="module")
+def normed(
+    make_model: Callable[..., Path],
+    run_config: Callable[..., RunConfig],
+    make_context: Callable[..., Context],
+    tmp_path_factory: pytest.TempPathFactory,
+    task: LossTask,
+) -> LossTask:
+    """As :func:`task`, of heads that go through a norm together; the heads' queries are of different sizes."""
+    folder = tmp_path_factory.mktemp("normed")
+    dense = make_model(folder / "model", "olmo2", num_attention_heads=8, num_key_value_heads=4)
+    model = checkpoint.load_model(dense, task.numerics)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= torch.linspace(0.1, 10, 64)[:, None]
+    model.save_pretrained(dense)
+    context = make_context(run_config(folder, model={"path": str(dense)}, prune={"units": ["attention"]}))
+    prune(context, until="analyse")
+    job, rounds = context.job, context.job.folder / "round-00"
+    return replace(
+        task,
+        model_dir=job.model_dir,
+        tokens_path=job.calibration_path,
+        recording=places.recorded(rounds),
+        folder=rounds,
+        repair="none",
+    )
+
+
+def test_heads_go_from_the_norm_they_share_with_others(normed: LossTask, tmp_path: Path) -> None:
+    widths = {"layer-000.attention": 3, "layer-001.attention": 1}
+    kept = {key: select(read_scores(normed.folder, Site.from_key(key)), width) for key, width in widths.items()}
+    config = checkpoint.read_config(normed.model_dir)
+    done = surgery.Surgery(family_of(config), config, kept)
+    tokens_ST = np.load(normed.tokens_path)[HELD_OUT.start : HELD_OUT.stop]
+    meter = PlanMeter(normed)
+    whole, found = meter(Trial("dense", ()))[0], meter(trial("both", widths))[0]
+    expected = mean_loss(
+        surgery.pruned_copy(checkpoint.load_model(normed.model_dir, normed.numerics), done), tokens_ST, 2
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found != pytest.approx(whole, rel=1e-3)
+    assert meter(Trial("dense", ()))[0] == whole, "the norms were left as they were"
+
+
 def loss_of_pruned(task: LossTask, widths: dict[str, int], folder: Path) -> float:
     """By surgery and the repair's own formulas, over the moments of the first two shards."""
     config = checkpoint.read_config(task.model_dir)

@@ -66,6 +66,8 @@ def test_scores_are_shared_by_trials_that_differ_after_scoring(write: Callable[[
     grid = "[sweep.grid]\nprune.ratio = [0.2, 0.3]\nrecover.steps = [0, 10]\nmethod.name = ['random', 'magnitude']\n"
     assert len({trial.score_key for trial in plan(write(grid)).trials}) == 2
     assert len({trial.score_key for trial in plan(write("[sweep.grid]\nseed = [0, 1]\n")).trials}) == 2
+    units = "[sweep.grid]\nprune.units = [['mlp'], ['attention'], ['residual']]\nprune.ratio = [0.2, 0.3]\n"
+    assert len({trial.score_key for trial in plan(write(f"method.name = 'activation'\n{units}")).trials}) == 3
 
 
 def test_the_folder_is_named_by_the_trials(write: Callable[[str], str]) -> None:

@@ -1,5 +1,6 @@
 """Whole files or none, digests, and names that are safe as paths."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -148,3 +149,41 @@ def test_what_vanishes_while_it_is_taken_over_was_never_there(tmp_path: Path) ->
     assert files.take_copy(root, "c/*.json", tmp_path / "new" / "copy")
     assert (tmp_path / "new" / "copy").read_bytes() == b"c"
     assert not files.take_copy(root, "b/*.json", tmp_path / "other")
+
+
+def test_what_may_not_be_read_is_passed_over(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        files.write_bytes(tmp_path / name / "times.json", name.encode())
+
+    def take(path: Path) -> bool:
+        if path.parent.name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return True
+
+    assert files.take_over(tmp_path, "*/times.json", take) == tmp_path / "b" / "times.json"
+
+
+@pytest.mark.parametrize("reason", [0, errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV])
+def test_what_cannot_be_linked_is_copied(reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "a", tmp_path / "new" / "b"
+    source.write_bytes(b"content")
+
+    def cannot(self: Path, target: Path) -> None:
+        raise OSError(reason, "no links here", str(self), None, str(target))
+
+    if reason:
+        monkeypatch.setattr(Path, "hardlink_to", cannot)
+    for _ in range(2):  # what is there is replaced
+        files.link(source, target)
+        assert target.read_bytes() == b"content"
+        assert (target.stat().st_ino == source.stat().st_ino) == (not reason)
+    with pytest.raises(FileNotFoundError):
+        files.link(tmp_path / "none", target)
+
+
+def test_bytes_below_a_folder(tmp_path: Path) -> None:
+    assert files.bytes_below(tmp_path / "none") == 0
+    files.write_bytes(tmp_path / "a" / "b" / "c", b"12345")
+    files.write_bytes(tmp_path / "d", b"678")
+    (tmp_path / "gone").symlink_to(tmp_path / "none")
+    assert files.bytes_below(tmp_path) == 8

@@ -1,5 +1,6 @@
 """Commit records, the manifest, and taking over a neighbour's recording."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cria_dist import arrays
+from cria_dist import arrays, files
 from cria_dist.errors import DataError
 from cria_dist.store import places
 from cria_dist.store.places import adopt
@@ -227,15 +228,15 @@ def test_adopt_passes_over_a_neighbour_that_vanishes(
     """When three of its files have come over: they are gone on with, and there is no manifest."""
     folder = tmp_path / "run-b" / "round-00"
     complete(toy, tmp_path / "run-a" / "round-00")
-    linked, link = [], places._link
+    linked, link = [], files.link
 
-    def delete_and_link(source: str, target: str) -> None:
+    def delete_and_link(source: Path, target: Path) -> None:
         if len(linked) == 3:
             delete(tmp_path / "run-a")
         linked.append(source)
         link(source, target)
 
-    monkeypatch.setattr(places, "_link", delete_and_link)
+    monkeypatch.setattr(files, "link", delete_and_link)
     assert adopt(empty(folder), tmp_path) is None
     assert len(linked) > 3
     assert not (folder / "manifest.json").exists()
@@ -244,14 +245,28 @@ def test_adopt_passes_over_a_neighbour_that_vanishes(
     assert empty(folder).is_complete()
 
 
+def test_adopt_passes_over_a_neighbour_that_may_not_be_read(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete(toy, tmp_path / "run-a" / "round-00")
+    assert places.is_recorded(tmp_path, "d1")
+
+    def forbidden(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    assert adopt(empty(tmp_path / "run-b" / "round-00"), tmp_path) is None
+    assert not places.is_recorded(tmp_path, "d1")
+
+
 def test_an_error_that_is_not_a_vanished_neighbour_is_told(
     toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     complete(toy, tmp_path / "run-a" / "round-00")
 
-    def fail(one: str, other: str) -> None:
-        raise PermissionError(13, "no hard links here", other)
+    def fail(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target), None, str(source))
 
-    monkeypatch.setattr(places, "_link", fail)
-    with pytest.raises(OSError, match="no hard links here"):
+    monkeypatch.setattr(files, "link", fail)
+    with pytest.raises(OSError, match="No space left on device"):
         adopt(empty(tmp_path / "run-b" / "round-00"), tmp_path)

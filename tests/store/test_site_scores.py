@@ -185,7 +185,7 @@ def test_adopt_passes_over_a_neighbour_that_vanishes(
     """Deleted when so many of its four files have come over."""
     first, target = tmp_path / "run-a" / "round-00", tmp_path / "run-b" / "round-00"
     neighbour(first, "d1", SITES)
-    linked, link = [], site_scores._adopt_file
+    linked, link = [], site_scores.link
 
     def link_and_delete(source: Path, target: Path) -> None:
         if len(linked) == left:
@@ -193,7 +193,7 @@ def test_adopt_passes_over_a_neighbour_that_vanishes(
         linked.append(source)
         link(source, target)
 
-    monkeypatch.setattr(site_scores, "_adopt_file", link_and_delete)
+    monkeypatch.setattr(site_scores, "link", link_and_delete)
     assert not adopt(target, tmp_path, SITES, "d1")
     neighbour(tmp_path / "run-c" / "round-00", "d1", SITES)
     assert adopt(target, tmp_path, SITES, "d1")
