@@ -11,7 +11,7 @@ import ray.train.torch
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cria_dist.errors import ConfigError, CriaError, WorkerError
-from cria_dist.runtime.meeting import FileMeeting
+from cria_dist.runtime.train_backend import FileMeeting
 from cria_dist.stages import training
 from cria_dist.stages.recover import Checkpoint, Place, RecoverTask
 from cria_dist.stages.training import TrainTask, stage_of

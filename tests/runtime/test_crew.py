@@ -5,6 +5,7 @@ import os
 import signal
 import stat
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,13 +48,11 @@ class Adder:
 
 
 class Leaving(Adder):
-    """Parts from the other rank after every item."""
+    """Parts from the other rank when its stage is over."""
 
-    def __call__(self, item: int) -> float:
-        try:
-            return super().__call__(item)
-        finally:
-            ranks.leave()
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        weakref.finalize(self, ranks.leave)
 
 
 def environment() -> Callable[[int], dict[str, str]]:
@@ -86,12 +85,6 @@ def pool():
     made.release()
 
 
-def test_every_item_is_run_by_all_ranks_together(pool: RayPool, tmp_path: Path) -> None:
-    make = functools.partial(Adder, tmp_path)
-    assert dict(pool.map(make, [1, 2, 5], flow=PAIR)) == {1: 3.0, 2: 6.0, 5: 15.0}
-    assert len(list(tmp_path.glob("group-*"))) == 2
-
-
 def test_ranks_find_each_other_in_their_environment(pool: RayPool) -> None:
     [(_, found)] = pool.map(environment, [0], flow=PAIR)
     place = Path(found.pop("CRIA_MEETING").removeprefix("file://"))
@@ -99,10 +92,15 @@ def test_ranks_find_each_other_in_their_environment(pool: RayPool) -> None:
     assert stat.S_IMODE(place.parent.stat().st_mode) == 0o700
 
 
-def test_a_crew_meets_anew_at_every_stage_and_opens_no_port_beyond_loopback(pool: RayPool, tmp_path: Path) -> None:
-    for item in (1, 2):
-        make = functools.partial(Leaving, tmp_path)
-        assert dict(pool.map(make, [item], flow=PAIR)) == {item: 3.0 * item}
+def test_all_ranks_run_every_item_of_every_stage_and_open_no_port(
+    pool: RayPool, tmp_path: Path
+) -> None:
+    for stage, items in enumerate(([1, 2], [5])):
+        folder = tmp_path / str(stage)
+        folder.mkdir()
+        found = dict(pool.map(functools.partial(Leaving, folder), items, flow=PAIR))
+        assert found == {item: 3.0 * item for item in items}
+        assert len(list(folder.glob("group-*"))) == 2
     assert {address for _, address in listeners()} == {"127.0.0.1"}
 
 
