@@ -15,6 +15,7 @@ from cria_dist.errors import ConfigError
 from cria_dist.files import write_bytes, write_json
 from cria_dist.models.attention import LAYER_KV_HEADS, attention_shape
 from cria_dist.models.mlp import LAYER_WIDTHS, ModelDict
+from cria_dist.models.names import rotation_of_old
 
 MODEL_TYPE, ARCHITECTURE = "nemotron-nas", "DeciLMForCausalLM"
 FAMILIES = ("llama", "mistral")
@@ -98,21 +99,13 @@ def as_blocks(config: ModelDict) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in (LAYER_WIDTHS, "auto_map")}
     return {
         **kept,
-        **_rotation(config),
+        **rotation_of_old(config),
         "architectures": [ARCHITECTURE],
         "auto_map": {"AutoConfig": f"{Path(CONFIGURATION_FILE).stem}.DeciLMConfig"},
         "block_configs": blocks,
         "head_dim": shape.head_dim,
         "model_type": MODEL_TYPE,
     }
-
-
-def _rotation(config: ModelDict) -> dict[str, Any]:
-    """The rotary embedding under the keys of before ``transformers`` 5, for llama.cpp's converter."""
-    said: dict[str, Any] = dict(config.get("rope_parameters") or {})
-    theta = said.pop("rope_theta", None)
-    scaled = {"rope_scaling": said} if said.get("rope_type", "default") != "default" else {}
-    return {} if theta is None else {"rope_theta": theta, **scaled}
 
 
 def _feed_forward(widths: Sequence[int], hidden: int) -> list[dict[str, Any]]:

@@ -27,6 +27,19 @@ def own_names(config: Mapping[str, Any]) -> dict[str, Any]:
     return {own.get(key, key): value for key, value in config.items()}
 
 
+def rotation_of_old(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding under the keys of before ``transformers`` 5, for programs that look for these.
+
+    vLLM 0.16 over ``transformers`` 4 takes the family's default for a ``rope_theta`` that only ``rope_parameters`` has:
+    SmolLM2 came out with log probabilities 1.7 away. Where layers rotate differently there are no such keys.
+    """
+    said: dict[str, Any] = dict(config.get("rope_parameters") or {})
+    older = {key: said.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in said}
+    if "rope_theta" not in older:
+        return {}
+    return older if said.get("rope_type", "default") == "default" else {**older, "rope_scaling": said}
+
+
 def parsed(config: Mapping[str, Any]) -> PretrainedConfig:
     """A config.json's content as ``transformers`` understands it.
 

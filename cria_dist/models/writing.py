@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cria_dist.files import write_json, write_with
 from cria_dist.models import checkpoint
-from cria_dist.models.names import own_names
+from cria_dist.models.names import own_names, rotation_of_old
 from cria_dist.models.remote_code import with_modeling_file
 
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
@@ -30,7 +30,8 @@ def finish(source: Path, target: Path, config: Mapping[str, Any]) -> None:
         for path in sorted(source.glob(pattern)):
             if path.name not in {"config.json", checkpoint.INDEX, checkpoint.PLAN}:
                 shutil.copyfile(path, target / path.name)
-    write_json(target / "config.json", own_names(with_modeling_file(target, config)))
+    named = own_names(with_modeling_file(target, config))
+    write_json(target / "config.json", {**rotation_of_old(config), **named})
 
 
 def write_like(source: Path, target: Path, state: Mapping[str, torch.Tensor]) -> None:

@@ -213,11 +213,24 @@ def test_config_keeps_every_other_key_and_the_side_files_come_along(pico: Path, 
     (dense / "LICENSE").write_text("free")
     (dense / "vocab.txt").write_text("a\nb\n")
     surgery.write_pruned(dense, tmp_path / "pruned", operation(dense))
-    assert read_config(tmp_path / "pruned") == {**config, "intermediate_size": 26}
+    assert read_config(tmp_path / "pruned") == {**config, "intermediate_size": 26, "rope_theta": 10000.0}
     copied = {path.name for path in dense.iterdir()}
     assert {path.name for path in (tmp_path / "pruned").iterdir()} == copied
     for name in copied - {"config.json", checkpoint.WEIGHTS}:
         assert (tmp_path / "pruned" / name).read_bytes() == (dense / name).read_bytes(), name
+
+
+def test_a_rotary_embedding_is_also_said_as_before_transformers_5(make_model: MakeModel, tmp_path: Path) -> None:
+    """A vLLM over transformers 4 reads these keys only, and transformers 5 must not be led astray by both."""
+    scaled = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    told = {**scaled, "original_max_position_embeddings": 16, "rope_theta": 500.0}
+    dense = make_model(tmp_path / "dense", rope_parameters=told)
+    surgery.write_pruned(dense, tmp_path / "pruned", operation(dense))
+    found = read_config(tmp_path / "pruned")
+    assert found["rope_theta"] == 500.0
+    assert found["rope_scaling"] == {key: value for key, value in told.items() if key != "rope_theta"}
+    assert load_model(tmp_path / "pruned", Numerics()).config.rope_parameters == told
+    assert_equals(logits(load_model(tmp_path / "pruned", Numerics())), masked_logits(dense, KEPT))
 
 
 FULL = tuple(range(48))
@@ -250,7 +263,13 @@ def test_unequal_widths_equal_masking(dense: Path, tmp_path: Path) -> None:
     expected = masked_logits(dense, UNEVEN)
     assert_equals(logits(surgery.pruned_copy(load_model(dense, Numerics()), operation(dense, UNEVEN))), expected)
     surgery.write_pruned(dense, tmp_path / "pruned", operation(dense, UNEVEN))
-    changed = {"intermediate_size": 36, "intermediate_size_per_layer": [26, 36], "auto_map": AUTO_MAPS["tokens"]}
+    changed: dict[str, Any] = {
+        "intermediate_size": 36,
+        "intermediate_size_per_layer": [26, 36],
+        "auto_map": AUTO_MAPS["tokens"],
+    }
+    if "rope_theta" in read_config(dense)["rope_parameters"]:  # Gemma 3 has two
+        changed |= {"rope_theta": 10000.0}
     assert read_config(tmp_path / "pruned") == {**read_config(dense), **changed}
     written = load_model(tmp_path / "pruned", Numerics())
     assert_equals(logits(written), expected)
@@ -270,7 +289,7 @@ def test_unequal_widths_can_be_pruned_again_and_become_equal(pico: Path, tmp_pat
     surgery.write_pruned(pico, tmp_path / "first", operation(pico, UNEVEN))
     again: Kept = {"layer-000.mlp": tuple(range(20)), "layer-001.mlp": tuple(range(10, 30))}
     surgery.write_pruned(tmp_path / "first", tmp_path / "second", operation(tmp_path / "first", again))
-    assert read_config(tmp_path / "second") == {**read_config(pico), "intermediate_size": 20}
+    assert read_config(tmp_path / "second") == {**read_config(pico), "intermediate_size": 20, "rope_theta": 10000.0}
     both = {key: tuple(UNEVEN[key][index] for index in kept) for key, kept in again.items()}
     assert_equals(logits(load_model(tmp_path / "second", Numerics())), masked_logits(pico, both))
 

@@ -92,9 +92,7 @@ def test_ranks_find_each_other_in_their_environment(pool: RayPool) -> None:
     assert stat.S_IMODE(place.parent.stat().st_mode) == 0o700
 
 
-def test_all_ranks_run_every_item_of_every_stage_and_open_no_port(
-    pool: RayPool, tmp_path: Path
-) -> None:
+def test_all_ranks_run_every_item_of_every_stage_and_open_no_port(pool: RayPool, tmp_path: Path) -> None:
     for stage, items in enumerate(([1, 2], [5])):
         folder = tmp_path / str(stage)
         folder.mkdir()
