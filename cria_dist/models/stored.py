@@ -29,6 +29,10 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         with opened(self._files[name]) as handle:
             return handle.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a tensor; none is read for it."""
+        return name in self._files
+
     def __iter__(self) -> Iterator[str]:
         """The names, file by file."""
         return iter(self._files)

@@ -34,8 +34,10 @@ Config = Mapping[str, Any]
 
 TRIED_BYTES = 4 << 30
 """A larger model (in float32) is not written and loaded only to see whether it loads."""
-HEADS_MAKE_UP_HIDDEN_SIZE = {"qwen2": "Qwen2", "stablelm": "StableLM", "olmo2": "OLMo 2", "olmo3": "OLMo 3"}
+HEADS_MAKE_UP_HIDDEN_SIZE = {"qwen2": "Qwen2", "stablelm": "StableLM", "olmo2": "OLMo 2"}
 """Families whose class in vLLM reads no ``head_dim`` (read in 0.33, OLMo's in 0.16)."""
+GENERIC_IN_VLLM = ("cohere", "ernie4_5", "granite", "helium", "olmo2", "seed_oss", "smollm3", "stablelm")
+"""Families without an adapter of their own that vLLM 0.16 was seen to read."""
 VLLM_TOLERANCE = 1e-4
 """Of the largest log probability, in float32; 1.5e-7 to 1.3e-6 were found: other kernels add up in another order."""
 REMOTE = f"by rule: {FILE} beside the weights builds the layers; nothing here ever runs it"
@@ -79,18 +81,13 @@ def verdicts(directory: Path, expected: Answer, vllm_python: str | None = None) 
 
 
 def _vllm(directory: Path, config: Config, expected: Answer, python: str | None) -> str:
-    unserved = config["model_type"] not in FAMILIES or config["model_type"] == "distilbert"
-    if unserved or family_of(config).takes == "images":
-        return "no: it is not known to serve this family"
-    if (
-        config["model_type"] in HEADS_MAKE_UP_HIDDEN_SIZE
-        and attention_shape(config).head_dim * config["num_attention_heads"] != config["hidden_size"]
-    ):
-        return f"no: its {HEADS_MAKE_UP_HIDDEN_SIZE[config['model_type']]} has heads that make up the hidden size"
+    if reason := _not_for_vllm(config):
+        return f"no: {reason}"
     if not layers_differ(config):
         rule = "by rule: it serves the stock class of this family, which this is"
-        tried = python and family_of(config).takes == "tokens" and not _is_too_large(directory)
-        return _tried_in_vllm(python, directory, expected) if python and tried else rule
+        if python is None or family_of(config).takes != "tokens" or _is_too_large(directory):
+            return rule
+        return _tried_in_vllm(python, directory, expected)
     try:
         as_blocks(config)
     except ConfigError as error:
@@ -102,6 +99,18 @@ def _vllm(directory: Path, config: Config, expected: Answer, python: str | None)
         target = Path(folder) / "decilm"
         write_decilm(directory, config, target)
         return _tried_in_vllm(python, target, expected, "DeciLM of `cria export`, trust_remote_code")
+
+
+def _not_for_vllm(config: Config) -> str:
+    """Why vLLM cannot read it, whatever its form; nothing if it can."""
+    name = config["model_type"]
+    known = name in FAMILIES or name in GENERIC_IN_VLLM
+    if not known or name == "distilbert" or family_of(config).takes == "images":
+        return "it is not known to serve this family"
+    heads = attention_shape(config)
+    if name in HEADS_MAKE_UP_HIDDEN_SIZE and heads.head_dim * config["num_attention_heads"] != config["hidden_size"]:
+        return f"its {HEADS_MAKE_UP_HIDDEN_SIZE[name]} has heads that make up the hidden size"
+    return ""
 
 
 def _tried_in_vllm(python: str, directory: Path, expected: Answer, export: str | None = None) -> str:

@@ -92,6 +92,7 @@ def test_stored_tensors_are_read_one_by_one(tmp_path: Path) -> None:
     found = StoredTensors([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
     (tmp_path / "0.safetensors").unlink()  # what is not asked for is not opened again
     assert list(found) == ["map.0", "map.1"]
+    assert "map.0" in found
     assert found["map.1"].tolist() == [1.0, 1.0]
     with pytest.raises(KeyError):
         found["map.2"]

@@ -65,6 +65,13 @@ def test_heads_that_do_not_make_up_the_hidden_size(
     assert found["vLLM"] == "no: its Qwen2 has heads that make up the hidden size"
 
 
+@pytest.mark.parametrize(("family", "verdict"), [("granite", "by rule: "), ("olmo3", "no: it is not known to serve")])
+def test_families_without_an_adapter_of_their_own_are_served_where_that_was_seen(
+    family: str, verdict: str, make_model: Callable[..., Path], tokens: Path, tmp_path: Path
+) -> None:
+    assert asked(make_model(tmp_path / "model", family), tokens)["vLLM"].startswith(verdict)
+
+
 def test_a_form_that_computes_something_else_is_no(uneven: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_families, "halves_to_pairs", lambda tensor, heads: tensor)
     assert asked(uneven, tokens)["llama.cpp"].startswith("no: GGUF of `cria export`, architecture 'deci' loads, but")
