@@ -1,6 +1,6 @@
 """Where work items run: a pool maps plain callables over items. ``LocalPool`` is this process."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
@@ -15,7 +15,7 @@ class Flow(Generic[Item]):
     """How the items of one ``map`` go through the workers; by default in any order, a device to each worker.
 
     Attributes:
-        after: item -> the item that must be finished before it starts.
+        after: item -> the items that must be finished before it starts; those that are not to be done are.
         homes: item -> number of the only worker that may run it (what it holds stays there). Where there are fewer
             workers than homes they share them; a worker that cannot be started again loses its homes to the others.
         ranks: processes that make up one worker and run every item together, each with ``RANK``, ``WORLD_SIZE``
@@ -23,7 +23,7 @@ class Flow(Generic[Item]):
         sharing: workers one GPU holds at the same time; without GPUs it makes no difference.
     """
 
-    after: Mapping[Item, Item] = field(default_factory=dict[Item, Item])
+    after: Mapping[Item, Collection[Item]] = field(default_factory=dict[Item, Collection[Item]])
     homes: Mapping[Item, int] = field(default_factory=dict[Item, int])
     ranks: int = 1
     sharing: int = 1
@@ -69,7 +69,7 @@ class Pool(Protocol):
             make_worker: builds the callable in the worker's process; must be picklable, and small.
             items: small picklable items whose ``str`` names them.
             workers: use only that many workers.
-            flow: order among the items; an item comes after the one it depends on in ``items``.
+            flow: order among the items; an item comes after those it depends on in ``items``.
 
         Yields:
             Each item with its result, in completion order.

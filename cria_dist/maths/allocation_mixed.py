@@ -47,7 +47,7 @@ def mixed_widths(
         spent: what costs nothing of the loss goes only as far as the budget asks for it; else it goes in any case.
 
     Returns:
-        New width per site; at a layer that goes, all are 0.
+        New width per site; at a layer that goes, all are 0, which not every layer does.
 
     Raises:
         PlanError: the floors keep more than the budget allows.
@@ -55,11 +55,16 @@ def mixed_widths(
     keys = {whole: (whole, *inside[whole]) for whole in sorted(inside)}
     ways = [_ways(curves, [rooms[key] for key in named], named, spent) for named in keys.values()]
     chosen = choose([one.menu for one in ways], budget)
-    return {
+    found = {
         key: int(width)
         for named, one, index in zip(keys.values(), ways, chosen, strict=True)
         for key, width in zip(named, one.widths_CK[index], strict=True)
     }
+    if any(found[whole] for whole in keys):
+        return found
+    staying = [{**rooms, whole: replace(rooms[whole], smallest=1)} for whole in keys]  # a model has a layer
+    each = [mixed_widths(curves, one, budget, inside, spent) for one in staying]
+    return min(each, key=lambda widths: _increase(curves, widths, inside))
 
 
 def alike_widths(

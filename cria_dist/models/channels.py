@@ -108,7 +108,7 @@ class ResnetCifarFamily(ConvFamily):
     def modules(self, site: Site) -> SiteModules:
         """Where the site's signals are observed."""
         prefix = f"{self.layers}.{site.layer}"
-        return SiteModules({"input": f"{prefix}.conv1"}, f"{prefix}.conv2", ("input",))
+        return SiteModules({"input": f"{prefix}.conv1"}, f"{prefix}.conv2", ("input",), joined=f"{prefix}.joined")
 
     def sites(self, config: ModelDict) -> tuple[layouts.SiteLayout, ...]:
         """Between the two maps of every block."""
@@ -150,7 +150,8 @@ class ResnetBottleneckFamily(ConvFamily):
         """Where the site's signals are observed: before the activation, at the places that patches are around."""
         inner, outer = (f"{self.layers}.{site.layer // 2 * 2 + half}" for half in (0, 1))
         maps = (f"{outer}.conv3", f"{inner}.conv2") if site.layer % 2 else (f"{inner}.conv2", f"{inner}.conv1")
-        return SiteModules({"input": maps[1]}, maps[0], ("input",), {"input": f"{self.layers}.{site.layer}.seen"})
+        seen, joined = {"input": f"{self.layers}.{site.layer}.seen"}, f"{outer}.joined" if site.layer % 2 else ""
+        return SiteModules({"input": maps[1]}, maps[0], ("input",), seen, joined=joined)
 
     def sites(self, config: ModelDict) -> tuple[layouts.SiteLayout, ...]:
         """Between the first and second, and the second and third map of every block."""

@@ -137,6 +137,10 @@ class TensorReader:
         self._file_of = {name: file for file, names in weight_files(directory).items() for name in names}
         self._handles: dict[str, Any] = {}
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self._file_of
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor.
 

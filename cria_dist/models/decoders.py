@@ -1,7 +1,8 @@
 """Language models: Llama's gated MLP and its relatives, and decoders with two maps and an activation between them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from cria_dist.errors import ConfigError
 from cria_dist.models import attention
@@ -123,6 +124,7 @@ class GptNeoxFamily(PlainMlpFamily):
     embedding = "gpt_neox.embed_in"
     attention_maps = ("attention.query_key_value", "attention.dense")
     mlp_maps = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    joins: ClassVar[Mapping[str, str]] = {PART: ""}  # where attention is added goes by the config
 
     def stack(self, site: Site, config: ModelDict) -> Stack:
         """Of attention head by head its query, its key and its value."""

@@ -1,5 +1,6 @@
 """Encoders that classify sentences: BERT, RoBERTa, DistilBERT."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ class EncoderMlpFamily(MlpFamily):
         "attention.output.dense",
     )
     mlp_maps = ("intermediate.dense", "output.dense")
+    joins: ClassVar[Mapping[str, str]] = {attention.PART: "attention.output.LayerNorm", PART: "output.LayerNorm"}
     positions_before: ClassVar[int] = 0
     """Rows of the position embedding that no token gets."""
 
@@ -76,3 +78,4 @@ class DistilBertFamily(EncoderMlpFamily):
     width_key = "hidden_dim"
     attention_maps = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin")
     mlp_maps = ("ffn.lin1", "ffn.lin2")
+    joins: ClassVar[Mapping[str, str]] = {attention.PART: "sa_layer_norm", PART: "output_layer_norm"}

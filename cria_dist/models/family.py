@@ -1,9 +1,9 @@
 """What surgery and recording must know of a model family: where units live and which tensors carry them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from cria_dist.errors import ConfigError
 from cria_dist.models import attention
@@ -31,6 +31,7 @@ class VisionMlpFamily(MlpFamily):
     embedding = "vit.embeddings"
     attention_maps = tuple(f"attention.{name}_proj" for name in "qkvo")
     mlp_maps = ("mlp.fc1", "mlp.fc2")
+    joins: ClassVar[Mapping[str, str]] = {attention.PART: "layernorm_after", PART: ""}
 
     def on_disk(self, name: str) -> str:
         """What checkpoints call a module or parameter."""

@@ -6,7 +6,7 @@ Some of those whose attention has Llama's names too, and nothing in between but 
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ HEADS_STAY = (
 BEHIND = Stream((), ("post_attention_layernorm", "post_feedforward_layernorm"), output_bias="attention_bias")
 STREAMS: Mapping[str, Stream] = {
     "ernie4_5": Stream(output_bias="use_bias"),
-    "granite": BIASED,
+    "granite": replace(BIASED, scaled=True),
     "olmo2": BEHIND,
     "olmo3": BEHIND,
     "seed_oss": Stream(output_bias="attention_out_bias"),

@@ -1,10 +1,12 @@
 """GPT-2: maps whose weights are stored with inputs as rows, queries, keys and values side by side in one of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from cria_dist.models import attention
 from cria_dist.models.decoders import PlainMlpFamily
-from cria_dist.models.mlp import ModelDict
+from cria_dist.models.mlp import PART, ModelDict
 from cria_dist.models.stacks import Stack
 from cria_dist.records import Site
 
@@ -19,6 +21,7 @@ class Gpt2Family(PlainMlpFamily):
     attention_maps = ("attn.c_attn", "attn.c_proj")
     mlp_maps = ("mlp.c_fc", "mlp.c_proj")
     width_key = "n_inner"
+    joins: ClassVar[Mapping[str, str]] = {attention.PART: "ln_2", PART: ""}
 
     def width(self, config: ModelDict) -> int:
         """Four times the hidden size where the config does not say."""

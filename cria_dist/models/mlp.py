@@ -5,6 +5,9 @@ from collections.abc import Collection, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cria_dist.models import attention, residual
 from cria_dist.models.names import shared_names
 from cria_dist.models.stacks import ONE_MAP, Stack
@@ -42,6 +45,8 @@ class SiteModules:
             not lie there.
         leaves: what is observed is what leaves ``output``, and not what it is given.
         norms: RMSNorms behind inputs, each over all units of the site at once; of those left, when some are gone.
+        joined: module that is given the sum of what ``output`` gives and what that is added to; the site's layer where
+            the layer hands that sum on; nothing where ``output`` is not added to anything, or not as it is.
     """
 
     inputs: Mapping[str, str]
@@ -50,6 +55,7 @@ class SiteModules:
     seen: Mapping[str, str] = field(default_factory=dict[str, str])
     leaves: bool = False
     norms: tuple[str, ...] = ()
+    joined: str = ""
 
     def seen_at(self, name: str) -> str:
         """The module whose outputs are a pre-activation signal."""
@@ -85,6 +91,8 @@ class MlpFamily(ABC):
     """What the maps that make neurons give."""
     width_key: ClassVar[str] = "intermediate_size"
     """Key of config.json with the width of the MLPs."""
+    joins: ClassVar[Mapping[str, str]] = {}
+    """Names within a layer of :attr:`SiteModules.joined`, by part; nothing for the layer itself."""
     transposed: ClassVar[bool] = False
     """Whether the maps' weights are stored with inputs as rows; see :meth:`oriented`."""
 
@@ -108,7 +116,14 @@ class MlpFamily(ABC):
         signals = attention.SIGNALS[len(inputs)] if heads else self.mlp_signals
         norms = tuple(f"{self.layers}.{site.layer}.{name}" for name in self.head_norms if heads)
         recorded = signals[-1:] if heads else signals
-        return SiteModules(dict(zip(signals, inputs, strict=True)), output, recorded, norms=norms)
+        return SiteModules(
+            dict(zip(signals, inputs, strict=True)), output, recorded, norms=norms, joined=self.joined(site)
+        )
+
+    def joined(self, site: Site) -> str:
+        """Where what a site's output map gives is added to the stream; see :class:`SiteModules`."""
+        name = self.joins.get(site.part)
+        return "" if name is None else f"{self.layers}.{site.layer}.{name}".removesuffix(".")
 
     def on_disk(self, name: str) -> str:
         """What checkpoints call a module or parameter."""
@@ -260,3 +275,8 @@ class MlpFamily(ABC):
     @abstractmethod
     def _with_biases(self) -> dict[str, Any]:
         """What the config says of MLPs with biases."""
+
+
+def signals_of(units: Sequence[int], span: int) -> NDArray[np.int64]:
+    """The signals of some units, ``span`` consecutive ones of each."""
+    return (np.asarray(units, dtype=np.int64)[:, np.newaxis] * span + np.arange(span)).ravel()

@@ -35,6 +35,7 @@ class Stream:
         gain: what a norm multiplies by beside its weight: Gemma's weights are added to one.
         rooted: the embedding is multiplied by the root of the hidden size, in the data type of its weights.
         output_bias: key of config.json that gives attention's output map a bias.
+        scaled: what the layers write is multiplied by a number first.
     """
 
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
@@ -42,6 +43,7 @@ class Stream:
     gain: float = 0.0
     rooted: bool = False
     output_bias: str = ""
+    scaled: bool = False
 
     def norm(self, site: Site) -> str:
         """The norm of a site, by its name within the layer; nothing where the stream is read as it is."""

@@ -104,11 +104,12 @@ class Outer(nn.Module):
         self.seen = nn.Identity()
         self.read = Patches(layout.side, 1, 1)
         self.conv3 = nn.Linear(second, layout.channels)
+        self.joined = nn.ReLU()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From [S, T, N + D] to [S, T, D]."""
         inner_STN, aside_STD = hidden_states.tensor_split([self.conv3.in_features], dim=-1)
-        return (aside_STD + self.read.mapped(self.seen(inner_STN).relu(), self.conv3)).relu()
+        return self.joined(aside_STD + self.read.mapped(self.seen(inner_STN).relu(), self.conv3))
 
 
 class ResnetBottleneckForImageClassification(ConvClassifier):

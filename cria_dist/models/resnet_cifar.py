@@ -39,11 +39,12 @@ class Block(nn.Module):
         self.conv1 = nn.Linear(layouts.TAPS * layout.channels_before, inner)
         self.again = Patches(layout.side, 1)
         self.conv2 = nn.Linear(layouts.TAPS * inner, layout.channels)
+        self.joined = nn.ReLU()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From [S, T, C] to [S, T', D]."""
         inner_STN = self.read.mapped(hidden_states, self.conv1).relu()
-        return (self._shortcut(hidden_states) + self.again.mapped(inner_STN, self.conv2)).relu()
+        return self.joined(self._shortcut(hidden_states) + self.again.mapped(inner_STN, self.conv2))
 
     def _shortcut(self, grid_STC: torch.Tensor) -> torch.Tensor:
         if self.layout.stride == 1:

@@ -37,6 +37,13 @@ class StreamFamily(MlpFamily):
         name = norm if written else readers[residual.part_of(site)]
         return SiteModules({}, f"{self.layers}.{site.layer}.{name}", (), leaves=written)
 
+    def joined(self, site: Site) -> str:
+        """Where both parts write to the stream as they are: before the second norm, and behind the layer."""
+        if self.stream is None or self.stream.written or self.stream.scaled or site.part in residual.PARTS:
+            return MlpFamily.joined(self, site)
+        layer = f"{self.layers}.{site.layer}"
+        return layer if site.part == PART else f"{layer}.{self.stream.norms[1]}"
+
     def stream_maps(self, site: Site, config: ModelDict) -> tuple[list[str], list[str]]:
         """Stored names of the maps that read the stream at a site, and of those that write it behind."""
         names = (self.attention_maps, self.mlp_maps)[residual.part_of(site)]

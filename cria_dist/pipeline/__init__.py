@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cria_dist.pipeline import depth, recovery, results, rounds, weights
+from cria_dist.pipeline import depth, recovery, repair, results, rounds, weights
 from cria_dist.pipeline.context import Context, Train
 from cria_dist.pipeline.results import Measured
 from cria_dist.pipeline.rounds import Model
@@ -68,7 +68,7 @@ def shrink(context: Context, until: Stage = "evaluate") -> Shrunk | None:
         if until == "decide" and last:
             return None
         masks = weights.masks_of(config.method, folder)
-        repaired = masks or rounds.repair_sites(context, f"repair{label}", folder, recording, model, plan)
+        repaired = masks or repair.repair_sites(context, f"repair{label}", folder, recording, model, plan)
         target = context.job.folder / "pruned" if last else folder / "pruned"
         model = rounds.apply_plan(context, target, recording, model, plan, repaired)
         if last:

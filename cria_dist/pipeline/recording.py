@@ -43,20 +43,8 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
 
 
 def _observe(context: Context, name: str, recording: Recording, model_dir: Path, sites: Collection[Site]) -> None:
-    job, config = context.job, context.job.config
-    task = record.RecordTask(
-        recording=recording,
-        model_dir=model_dir,
-        tokens_path=job.calibration_path,
-        numerics=job.numerics,
-        signal_dtype=signal_dtype(config),
-        shard_sequences=shard_sequences(config),
-        batch_sequences=config.record.batch_sequences,
-        sampled_tokens=config.record.tokens,
-        seed=config.seed,
-        hidden=config.records_hidden,
-        parts=config.prune.parts,
-    )
+    config = context.job.config
+    task = record_task(context, recording, model_dir)
     chosen = schedule.choose(config, checkpoint.read_config(model_dir), context.pool)
     context.progress.note(f"{name}: {chosen.kind}, {chosen.reason}")
     shards = num_shards(config)
@@ -73,3 +61,21 @@ def _observe(context: Context, name: str, recording: Recording, model_dir: Path,
             bar.advance(1, tokens=done.tokens)
             if not item.block.is_first:  # not by the worker: if it dies before its answer, the retry reads them again
                 boundary.delete(recording, item.block.first, item.shard)
+
+
+def record_task(context: Context, recording: Recording, model_dir: Path) -> record.RecordTask:
+    """A model, the calibration examples, and how they go through it."""
+    job, config = context.job, context.job.config
+    return record.RecordTask(
+        recording=recording,
+        model_dir=model_dir,
+        tokens_path=job.calibration_path,
+        numerics=job.numerics,
+        signal_dtype=signal_dtype(config),
+        shard_sequences=shard_sequences(config),
+        batch_sequences=config.record.batch_sequences,
+        sampled_tokens=config.record.tokens,
+        seed=config.seed,
+        hidden=config.records_hidden,
+        parts=config.prune.parts,
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cria_dist import files
 from cria_dist.methods import Method
-from cria_dist.pipeline import rounds, weights
+from cria_dist.pipeline import repair, rounds, weights
 from cria_dist.pipeline.context import Context
 from cria_dist.pipeline.protocol import protocol
 from cria_dist.pipeline.rounds import Model
@@ -45,7 +45,7 @@ def comparison_variants(context: Context, recording: Recording) -> list[Digested
         last = context.job.config.prune.rounds - 1
         plan = rounds.decide_round(context, folder, dense, method, analysis, last)
         masks = weights.masks_of(method, folder)
-        repaired = None if masks else rounds.repair_sites(context, f"{name}: repair", folder, recording, dense, plan)
+        repaired = None if masks else repair.repair_sites(context, f"{name}: repair", folder, recording, dense, plan)
         variants += plan_variants(context, method, plan, folder / "plan.json", repaired, masks)
     return variants
 

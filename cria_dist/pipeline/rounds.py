@@ -14,7 +14,7 @@ from cria_dist.methods.base import Statistic
 from cria_dist.methods.layers import LayerMethod
 from cria_dist.methods.weights import WeightMethod
 from cria_dist.models import checkpoint, residual, surgery
-from cria_dist.models.depth import PART, within_layers
+from cria_dist.models.depth import PART
 from cria_dist.pipeline import allocation, depth, weights
 from cria_dist.pipeline.context import Context
 from cria_dist.pipeline.gradients import take_gradients
@@ -22,7 +22,7 @@ from cria_dist.pipeline.learn import learn_gates
 from cria_dist.pipeline.recording import record_model
 from cria_dist.pool import Flow
 from cria_dist.records import PruningPlan, Site
-from cria_dist.stages import analyse, decide, memory, repair
+from cria_dist.stages import analyse, decide, memory
 from cria_dist.stages.budget import multiple_of, sites_of
 from cria_dist.stages.decide import Accounts
 from cria_dist.store import site_scores
@@ -79,7 +79,7 @@ def analyse_sites(context: Context, name: str, folder: Path, recording: Recordin
         return digest
     saliences = take_gradients(context, f"{name}: gradients", folder, model.directory, model.digest, method)
     gates = learn_gates(context, f"{name}: learn", folder, model.directory, model.digest, method)
-    sharing, workers = _at_a_time(context, method.needs)
+    sharing, workers = at_a_time(context, method.needs)
     task = analyse.AnalyseTask(
         recording, model.directory, method, folder, digest, job.config.seed, sharing, saliences, gates
     )
@@ -88,7 +88,7 @@ def analyse_sites(context: Context, name: str, folder: Path, recording: Recordin
     return digest
 
 
-def _at_a_time(context: Context, needs: Collection[Statistic]) -> tuple[int, int | None]:
+def at_a_time(context: Context, needs: Collection[Statistic]) -> tuple[int, int | None]:
     """How many workers that read these statistics share a GPU, and without GPUs how many there may be, by memory."""
     job, pool = context.job, context.pool
     if pool.workers == 1 and not pool.on_gpus:
@@ -172,33 +172,6 @@ def _plan_there(path: Path) -> PruningPlan | None:
         return PruningPlan.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return None
-
-
-def repair_sites(
-    context: Context, name: str, folder: Path, recording: Recording, model: Model, plan: PruningPlan
-) -> Path | None:
-    """Re-solve the output weights of every site; returns the folder of replacement tensors, None without repair."""
-    prune = context.job.config.prune
-    if prune.repair == "none":
-        return None
-    if not within_layers(plan.kept):
-        context.progress.note(f"{name}: whole layers leave, there are no output weights to repair")
-        return None
-    task = repair.RepairTask(
-        recording=recording,
-        model_dir=model.directory,
-        kept=decide.local_indices(plan, model.plan),
-        kind=prune.repair,
-        ridge=prune.ridge,
-        folder=folder / "repair",
-        digest=files.digest("repair", plan.to_json(), recording.digest, prune.repair, prune.ridge),
-    )
-    sites = [site for site in sorted(context.job.widths) if task.kept[site.key]]
-    missing = [site for site in sites if not repair.is_repaired(task.folder, site, task.digest)]
-    # they compute on the host, whose memory is not known where workers measure their GPU's
-    workers = None if context.pool.on_gpus or not missing else _at_a_time(context, {"moments", "weights"})[1]
-    context.map((name, "sites"), functools.partial(repair.Repairer, task), missing, workers=workers)
-    return task.folder
 
 
 def apply_plan(

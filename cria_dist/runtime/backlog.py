@@ -44,17 +44,19 @@ class Backlog(Generic[Item]):
         self._home = {item: numbers[home] for item, home in flow.homes.items()}
         self._position = {item: position for position, item in enumerate(items)}
         self._behind: dict[Item, list[Item]] = defaultdict(list)
+        self._before: dict[Item, int] = {}
         self._ready: dict[int | None, list[tuple[int, Item]]] = defaultdict(list)
         self._delayed: list[tuple[float, int, Item]] = []
         self._losses: Counter[Item] = Counter()
         self._clock = clock
         self.unfinished = self.waiting = len(items)
         for item in items:
-            before = flow.after.get(item)
-            if before is None or before not in self._position:
+            before = self._position.keys() & set(flow.after.get(item, ()))
+            for one in before:
+                self._behind[one].append(item)
+            self._before[item] = len(before)
+            if not before:
                 self._make_ready(item)
-            else:
-                self._behind[before].append(item)
 
     def take(self, worker: int, absent: Collection[int] = ()) -> Item | None:
         """The first item that may start now on a worker; it may also have those at home on an absent worker."""
@@ -67,10 +69,12 @@ class Backlog(Generic[Item]):
         return heappop(min(heaps, key=lambda heap: heap[0][0]))[1]
 
     def finish(self, item: Item) -> None:
-        """An item is done; those that waited for it may start."""
+        """An item is done; those that waited for it alone may start."""
         self.unfinished -= 1
         for after in self._behind.pop(item, []):
-            self._make_ready(after)
+            self._before[after] -= 1
+            if not self._before[after]:
+                self._make_ready(after)
 
     def lose(self, item: Item, error: BaseException) -> None:
         """Put an item back whose worker died, later each time.

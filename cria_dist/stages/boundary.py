@@ -1,28 +1,21 @@
 """Hidden states between two blocks: one object per (layer, shard), deleted when nothing will read it any more.
 
 They lie below the digest of the recording, so those of an interrupted run with other weights or tokens are never
-taken for this one's. A file is safetensors followed by its SHA-256: a flipped bit must not become a result.
+taken for this one's.
 Shapes: S sequences, T tokens, D hidden.
 """
 
-import hashlib
-
 import torch
-from safetensors.torch import load, save
 
-from cria_dist.errors import DataError
+from cria_dist.store import sealed
 from cria_dist.store.recording import Recording
 
 FOLDER = "boundaries"
-SEAL_BYTES = hashlib.sha256().digest_size
 
 
 def write(recording: Recording, layer: int, shard: int, hidden_STD: torch.Tensor) -> int:
     """Store the hidden states before ``layer`` in their data type; returns the bytes written."""
-    content = save({"hidden": hidden_STD})
-    content += hashlib.sha256(content).digest()
-    recording.storage.write(_name(recording, layer, shard), content)
-    return len(content)
+    return sealed.write(recording.storage, _name(recording, layer, shard), {"hidden": hidden_STD})
 
 
 def read(recording: Recording, layer: int, shard: int) -> torch.Tensor:
@@ -31,14 +24,7 @@ def read(recording: Recording, layer: int, shard: int) -> torch.Tensor:
     Raises:
         DataError: they are missing or damaged.
     """
-    name = _name(recording, layer, shard)
-    sealed = recording.storage.read(name)
-    content, seal = sealed[:-SEAL_BYTES], sealed[-SEAL_BYTES:]
-    if hashlib.sha256(content).digest() != seal:
-        raise DataError(
-            f"{recording.storage.where(name)} is damaged (sha256 differs); delete it and run the same command again"
-        )
-    return load(content)["hidden"]
+    return sealed.read(recording.storage, _name(recording, layer, shard))["hidden"]
 
 
 def delete(recording: Recording, layer: int, shard: int) -> None:

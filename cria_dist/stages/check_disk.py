@@ -13,6 +13,7 @@ PLACES = {
     "signals": ("round-*/activations",),
     "moments": ("round-*/moments",),
     "boundaries": ("round-*/boundaries",),
+    "repair": ("round-*/repair", "comparison/*/repair"),
     "checkpoints": ("pruned", "recovered", "compressed", "round-*/pruned", "round-*/masks", "comparison/*/masks"),
     "recovery_state": ("recover",),
 }

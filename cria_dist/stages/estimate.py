@@ -25,7 +25,7 @@ RECORDED = ("signals", "moments", "boundaries")
 def bytes_of_run(
     config: RunConfig, model_config: Mapping[str, Any], family: MlpFamily, parameters: int
 ) -> dict[str, int]:
-    """Bytes the run writes: inputs, signals, moments, hidden states between blocks (peak), checkpoints, recovery."""
+    """Bytes the run writes: inputs, recording, hidden states between blocks, repair (peaks), checkpoints, recovery."""
     units = family.widths(model_config, config.prune.parts)
     widths = [width * family.span(site, model_config) for site, width in units.items()]
     sequences, length = config.data.calibration_sequences, config.data.sequence_length
@@ -38,6 +38,8 @@ def bytes_of_run(
     around_layers = (layers + 1) * hidden_size * config.records_hidden
     numbers = sum(widths) * family.signals() + around_layers
     masked = sum(method.unit == "weight" for method in (config.method, *config.compare))
+    # hidden states of both models before and behind a layer, sums of products at a site
+    repair = 4 * hidden_states + 4 * num_shards(config) * max(width * (width + hidden_size) for width in widths)
     # masked maps and sparse copies, at most as large as the model
     sparse = masked + (rounds + recovers) * (config.method.unit == "weight")
     return {
@@ -45,6 +47,7 @@ def bytes_of_run(
         "signals": rounds * config.record.tokens * numbers * itemsize(signal_dtype(config)),
         "moments": rounds * num_shards(config) * sum(map(stored_bytes, widths)),
         "boundaries": 0 if config.record.schedule == "replicate" else hidden_states,
+        "repair": repair if config.prune.repair == "sequential" else 0,
         "checkpoints": model_bytes * (rounds + recovers + sparse),
         "recovery_state": 2 * 12 * parameters * recovers,
     }

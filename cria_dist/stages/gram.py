@@ -135,6 +135,16 @@ class PanelGram:
         return row if self._is_whole else 0
 
 
+def add_products(sums_ND: torch.Tensor, signal_TN: torch.Tensor, target_TD: torch.Tensor) -> None:
+    """Add the products of a signal with what it is to predict, summed over tokens, in full float32 and in place."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        sums_ND.addmm_(signal_TN.float().T, target_TD.float())
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 @functools.cache
 def _threads() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")

@@ -1,13 +1,12 @@
 """Repair: re-solve what the surviving output weights of a site do, from the recorded moments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -17,6 +16,7 @@ from cria_dist.files import write_bytes
 from cria_dist.maths.repair import least_squares, mean_bias, norm_scale
 from cria_dist.models import checkpoint, residual
 from cria_dist.models.family import family_of
+from cria_dist.models.mlp import signals_of
 from cria_dist.models.residual import Stream
 from cria_dist.models.streams import StreamFamily
 from cria_dist.records import Site
@@ -110,11 +110,6 @@ class Repairer:
         scale = norm_scale(own_N, moments, kept_S)
         scaled = {name: factor[kept_S] * scale - stream.gain for name, factor in factors.items()}
         return replaced | {name: one.to(gains[name].dtype) for name, one in scaled.items()}
-
-
-def signals_of(kept: Sequence[int], span: int) -> NDArray[np.int64]:
-    """The signals of some units, ``span`` consecutive ones of each."""
-    return (np.asarray(kept, dtype=np.int64)[:, np.newaxis] * span + np.arange(span)).ravel()
 
 
 def is_repaired(folder: Path, site: Site, digest: str) -> bool:

@@ -141,7 +141,7 @@ def flow(schedule: Schedule, items: list[ShardWork]) -> Flow[ShardWork]:
     after = {item: ShardWork(item.shard, _before(schedule, item.block)) for item in items if not item.block.is_first}
     known = set(items)
     homes = {item: schedule.blocks.index(item.block) for item in items} if schedule.kind == "pipeline" else {}
-    return Flow({item: earlier for item, earlier in after.items() if earlier in known}, homes, ranks=schedule.ranks)
+    return Flow({item: (earlier,) for item, earlier in after.items() if earlier in known}, homes, ranks=schedule.ranks)
 
 
 def _before(schedule: Schedule, block: Block) -> Block:

@@ -19,11 +19,11 @@ from cria_dist.maths.repair import least_squares, mean_bias
 from cria_dist.models import checkpoint, depth, experts
 from cria_dist.models.attention import counting
 from cria_dist.models.family import family_of
+from cria_dist.models.mlp import signals_of
 from cria_dist.models.tails import TailModel
 from cria_dist.records import Moments, Site
 from cria_dist.stages.decide import select
 from cria_dist.stages.losses import LossTask, Probe, Trial, write_losses
-from cria_dist.stages.repair import signals_of
 from cria_dist.store.site_scores import read_scores
 
 

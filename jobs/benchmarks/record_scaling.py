@@ -102,15 +102,15 @@ def _metrics(counts: tuple[int, ...], phases: tuple[Phase, ...], samples: Sample
 def _run(workers: int, phases: tuple[Phase, ...]) -> list[tuple[float, float]]:
     """Seconds of every phase, from when all fresh workers are up to its last shard: (wall, CPU of this process)."""
     items: list[Shard] = []
-    after: dict[Shard, Shard] = {}
+    after: dict[Shard, tuple[Shard, ...]] = {}
     homes: dict[Shard, int] = {}
     for index, phase in enumerate(phases):
         starts = [(index, "start", number) for number in range(workers)]
         shards = [(index, "shard", number) for number in range(phase.per_worker * workers)]
         homes |= {start: start[2] for start in starts}
         if index:  # or a worker would wait for the next phase before this one has begun
-            after |= dict.fromkeys(starts, (index - 1, "start", 0))
-        after |= dict.fromkeys(shards, starts[0])
+            after |= dict.fromkeys(starts, ((index - 1, "start", 0),))
+        after |= dict.fromkeys(shards, (starts[0],))
         items += starts + shards
     began: dict[int, tuple[float, float]] = {}
     ended: dict[int, tuple[float, float]] = {}

@@ -47,11 +47,12 @@ def everything(rooms):
     for whole, (heads, neurons) in INSIDE.items():
         choices = [{whole: 1, heads: h, neurons: n} for h in rooms[heads].widths for n in rooms[neurons].widths]
         per_layer.append([*choices, {whole: 0, heads: 0, neurons: 0}])
-    return [first | second for first, second in itertools.product(*per_layer)]
+    both = [first | second for first, second in itertools.product(*per_layer)]
+    return [one for one in both if any(one[whole] for whole in INSIDE)]
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), share=st.floats(0.0, 1.0))
+@given(seed=st.integers(0, 10_000), share=st.floats(75 / 470, 1.0))
 def test_nothing_within_the_budget_is_better(seed, share):
     curves, rooms = problem(seed)
     budget = share * 2 * 235
@@ -60,6 +61,16 @@ def test_nothing_within_the_budget_is_better(seed, share):
     assert cost_of(found, rooms) <= budget + 1e-6
     best = min(loss_of(one, curves) for one in everything(rooms) if cost_of(one, rooms) <= budget + 1e-6)
     assert loss_of(found, curves) == pytest.approx(best, abs=1e-9)
+
+
+def test_not_every_layer_goes_though_none_is_missed():
+    curves, rooms = problem(0)
+    for whole in INSIDE:
+        curves[whole] = Curve(np.array([0.0, 1.0]), np.array([2.0, 2.0]))
+    found = mixed_widths(curves, rooms, 235, INSIDE)
+    assert [found[whole] for whole in INSIDE].count(1) == 1
+    with pytest.raises(PlanError):
+        mixed_widths(curves, rooms, 74, INSIDE)
 
 
 def test_a_protected_layer_stays():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cria_dist.errors import NumericError
-from cria_dist.maths.repair import least_squares, mean_bias
+from cria_dist.maths.repair import Products, least_squares, mean_bias, refit
 from cria_dist.records import Moments
 
 
@@ -167,3 +167,51 @@ def test_mean_bias_leaves_no_mean_error():
     bias = mean_bias(weight, moments_of(activations), kept)
     difference = activations @ weight.T - (activations[:, kept] @ weight[:, kept].T + bias)
     np.testing.assert_allclose(difference.mean(axis=0), 0, atol=1e-12)
+
+
+def products_of(signals, target):
+    return Products(signals.T @ signals, signals.T @ target)
+
+
+def test_a_refit_equals_the_stacked_least_squares_problem():
+    activations, weight = relu_layer(units=9)
+    target = np.random.default_rng(3).normal(size=(len(activations), 7))
+    ridge = 0.02 * np.diagonal(activations.T @ activations).mean()
+    rows = np.concatenate([activations, np.sqrt(ridge) * np.eye(9)])
+    expected = np.linalg.lstsq(rows, np.concatenate([target, np.sqrt(ridge) * weight.T]), rcond=None)[0].T
+    found = refit(weight, products_of(activations, target), None, 0.02)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_a_refit_to_what_the_weights_gave_is_the_local_repair():
+    activations, weight = relu_layer()
+    kept = without(24, 1, 4, 20)
+    products = products_of(activations[:, kept], activations @ weight.T)
+    found = refit(weight[:, kept], products, None, 1e-4)
+    np.testing.assert_allclose(found, least_squares(weight, moments_of(activations), kept, 1e-4), atol=1e-9)
+
+
+def test_the_ridge_is_the_one_that_predicts_held_out_tokens_best():
+    activations, weight = relu_layer(tokens=60, units=20)
+    rng = np.random.default_rng(5)
+    target = activations @ weight.T + rng.normal(size=(60, 7))
+    fitted, held = products_of(activations[:40], target[:40]), products_of(activations[40:], target[40:])
+    found = refit(weight, fitted, held, 1e-4)
+    tried = {ridge: refit(weight, fitted, None, ridge) for ridge in (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)}
+    errors = {ridge: float(((activations[40:] @ one.T - target[40:]) ** 2).sum()) for ridge, one in tried.items()}
+    best = min(errors, key=errors.__getitem__)
+    assert best > 1e-4, "noise is not worth learning"
+    np.testing.assert_allclose(found, refit(weight, fitted + held, None, best), atol=1e-9)
+
+
+def test_weights_that_nothing_improves_on_held_out_tokens_stay():
+    activations, weight = relu_layer(tokens=60, units=20)
+    target = activations @ weight.T
+    wrong = products_of(activations[:40], np.random.default_rng(1).normal(size=(40, 7)) * 30)
+    found = refit(weight, wrong, products_of(activations[40:], target[40:]), 1e-4)
+    assert found is weight
+
+
+def test_a_refit_refuses_what_is_not_finite():
+    with pytest.raises(NumericError, match="NaN or infinite"):
+        refit(np.ones((2, 2)), Products(np.eye(2), np.full((2, 2), np.inf)), None, 1e-4)

@@ -16,10 +16,10 @@ from cria_dist.models import checkpoint
 from cria_dist.models.attention import LAYER_KV_HEADS
 from cria_dist.models.checkpoint import Numerics, read_config
 from cria_dist.models.family import family_of
+from cria_dist.models.mlp import signals_of
 from cria_dist.pipeline import Context, prune
 from cria_dist.records import PruningPlan, Site, Stage
 from cria_dist.stages.prepare import prepare
-from cria_dist.stages.repair import signals_of
 from cria_dist.store.places import recorded
 
 RunConfigMaker = Callable[..., RunConfig]

@@ -22,7 +22,7 @@ def test_items_come_in_their_order() -> None:
 
 
 def test_an_item_waits_until_the_one_before_it_is_finished() -> None:
-    left = Backlog(["a0", "b0", "a1", "b1"], Flow(after={"a1": "a0", "b1": "b0"}), workers=2)
+    left = Backlog(["a0", "b0", "a1", "b1"], Flow(after={"a1": ["a0"], "b1": ["b0"]}), workers=2)
     assert (left.take(0), left.take(1), left.take(0)) == ("a0", "b0", None)
     left.finish("b0")
     assert left.take(1) == "b1"
@@ -31,8 +31,17 @@ def test_an_item_waits_until_the_one_before_it_is_finished() -> None:
     assert left.unfinished == 2
 
 
+def test_an_item_waits_for_all_that_are_before_it() -> None:
+    left = Backlog(["a", "b", "sum"], Flow(after={"sum": ["a", "b", "gone"]}), workers=3)
+    assert (left.take(0), left.take(1), left.take(2)) == ("a", "b", None)
+    left.finish("b")
+    assert left.take(2) is None
+    left.finish("a")
+    assert left.take(2) == "sum"
+
+
 def test_a_dependency_that_is_not_to_be_done_is_done() -> None:
-    assert Backlog(["a1"], Flow(after={"a1": "a0"}), workers=1).take(0) == "a1"
+    assert Backlog(["a1"], Flow(after={"a1": ["a0"]}), workers=1).take(0) == "a1"
 
 
 def test_items_stay_at_home_and_fewer_workers_share_the_homes() -> None:
@@ -103,7 +112,7 @@ def test_an_item_lost_too_often_is_named() -> None:
 
 
 def test_depth_counts_what_no_worker_has_in_hand() -> None:
-    left = Backlog([1, 2, 3], Flow(after={3: 1}), workers=1)
+    left = Backlog([1, 2, 3], Flow(after={3: [1]}), workers=1)
     left.take(0)
     assert (left.waiting, left.unfinished) == (2, 3)
     left.lose(1, RuntimeError("gone"))

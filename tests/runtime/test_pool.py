@@ -118,7 +118,7 @@ def test_an_error_names_the_item_and_keeps_its_message(pool: RayPool) -> None:
 
 def test_an_item_starts_when_the_one_before_it_is_finished(pool: RayPool, tmp_path: Path) -> None:
     items = ["a-0", "b-0", "a-1", "b-1", "a-2", "b-2"]
-    after = {"a-1": "a-0", "b-1": "b-0", "a-2": "a-1", "b-2": "b-1"}
+    after = {"a-1": ["a-0"], "b-1": ["b-0"], "a-2": ["a-1", "b-1"], "b-2": ["b-1"]}
     make = functools.partial(functools.partial, leaves_a_mark, tmp_path)
     assert dict(pool.map(make, items, flow=Flow(after=after))) == dict.fromkeys(items, True)
 

@@ -43,6 +43,21 @@ def test_plan_does_not_depend_on_the_workers(
 
 
 @pytest.mark.usefixtures("session")
+def test_a_sequential_repair_does_not_depend_on_the_workers(
+    run_config: Callable[..., Any], make_context: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Many steps that wait for each other; the weights are those of one process, to the bit."""
+    found = []
+    for name, pool in (("here", None), ("there", RayPool(2))):
+        config = run_config(tmp_path / name, prune={"repair": "sequential"}, method={"name": "wanda"})
+        context = make_context(config, pool)
+        prune(context, until="apply")
+        context.pool.release()
+        found.append((context.job.folder / "pruned/model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("session")
 def test_two_training_workers_equal_one(run_config: Callable[..., Any], finished_run: Any, tmp_path: Path) -> None:
     recover = finished_run.config.recover.model_copy(update={"workers": 2})
     config = run_config(tmp_path).model_copy(update={"recover": recover})

@@ -29,6 +29,7 @@ LONG = {
     [
         ({"prune": {"units": ["residual", "mlp"]}}, "residual alone|stands alone"),
         ({"prune": {"units": ["residual"], "allocation": "global"}}, "stands alone"),
+        ({"prune": {"units": ["residual"], "repair": "sequential"}}, "repaired by itself; set"),
         ({"prune": {"units": ["residual"]}, "method": {"name": "wanda"}}, "runs through all"),
         ({"prune": {"units": ["residual"], "budget": "kv_cache"}}, "kv_cache is spent on attention"),
     ],

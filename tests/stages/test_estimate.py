@@ -62,6 +62,7 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert found["storage_bytes.boundaries"] == TOKENS * 4096 * 2
     assert found["storage_bytes.checkpoints"] == 2 * 2 * 6_738_415_616
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert found["storage_bytes.repair"] == 0
     assert found["forward_flop"] == TOKENS * 32 * (2 * layer + 4 * 2048 * 4096)
     assert found["moments_flop"] == TOKENS * 32 * 2 * 11008**2
     assert (found["workers"], found["memory.per_worker"]) == (8, "22 GB")
@@ -72,6 +73,15 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert str(found["schedule"]).startswith("pipeline: 13.2 GB of weights + 15.5 GB of moments")
     assert str(found["memory.evaluate"]).startswith("22.1 GB, does not fit: a worker holds the whole model")
     assert found["analyst_memory_bytes"] == 6 * 4 * 4096 * 11008
+
+
+def test_a_sequential_repair_keeps_two_streams_and_the_sums_of_a_site(
+    run_config: RunConfigMaker, tmp_path: Path
+) -> None:
+    config = large(run_config, tmp_path, LLAMA_7B, memory_gb=22)
+    config = config.model_copy(update={"prune": config.prune.model_copy(update={"repair": "sequential"})})
+    found = estimate(config)["storage_bytes.repair"]
+    assert found == 4 * TOKENS * 4096 * 2 + 16 * 4 * 11008 * (11008 + 4096)
 
 
 def test_llama_3_70b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_pipeline_keeps_blocks_at_home() -> None:
     assert {str(item): home for item, home in flow.homes.items()} == {
         "shard 0, layers 0-1": 0, "shard 1, layers 0-1": 0, "shard 0, layers 2-3": 1, "shard 1, layers 2-3": 1,
     }  # fmt: skip
-    assert flow.after == {ShardWork(shard, BLOCKS[1]): ShardWork(shard, BLOCKS[0]) for shard in (0, 1)}
+    assert flow.after == {ShardWork(shard, BLOCKS[1]): (ShardWork(shard, BLOCKS[0]),) for shard in (0, 1)}
     assert schedule.flow(pipeline, items[3:]).after == {}, "what is finished need not be waited for"
 
 

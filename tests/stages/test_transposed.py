@@ -20,6 +20,7 @@ from cria_dist.models import checkpoint, surgery, writing
 from cria_dist.models.blocks import partition
 from cria_dist.models.checkpoint import Numerics
 from cria_dist.models.family import family_of
+from cria_dist.models.mlp import signals_of
 from cria_dist.models.tensor_parallel import tensor_ranks_problem
 from cria_dist.records import Site
 from cria_dist.stages.analyse import AnalyseTask, Analyst
@@ -29,7 +30,7 @@ from cria_dist.stages.losses import LossTask, Probe
 from cria_dist.stages.prepare import prepare
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
 from cria_dist.stages.recover_model import Learning, merged_state
-from cria_dist.stages.repair import Repairer, RepairTask, signals_of
+from cria_dist.stages.repair import Repairer, RepairTask
 from cria_dist.stages.sensitivity import CurveMeter
 from cria_dist.store.recording import Recording
 from cria_dist.store.saliences import Saliences

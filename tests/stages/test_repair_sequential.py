@@ -1,0 +1,183 @@
+"""The sequential repair against least squares on what whole models compute, and its steps when some are done."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cria_dist.errors import DataError, NumericError
+from cria_dist.models import checkpoint, surgery
+from cria_dist.models.blocks import Block
+from cria_dist.models.family import family_of
+from cria_dist.records import Site
+from cria_dist.stages.record import Recorder, RecordTask, ShardWork
+from cria_dist.stages.repair_sequential import SequentialRepairer
+from cria_dist.stages.repair_steps import Advance, Observe, SequentialTask, Solve, Step, steps
+from cria_dist.store.recording import Recording
+from cria_dist.store.storage import LocalStorage
+
+SEQUENCES, LENGTH, SHARD = 40, 16, 16
+SHARDS = 3
+RIDGE = 1e-9
+SITES = [Site(layer, part) for layer in range(2) for part in ("attention", "mlp")]
+KEPT = {
+    "layer-000.attention": (1,),
+    "layer-000.mlp": tuple(range(5, 40)),
+    "layer-001.attention": (0, 1),
+    "layer-001.mlp": tuple(range(0, 48, 2)),
+}
+WIDTHS = {site.key: 2 if site.part == "attention" else 48 for site in SITES}
+
+
+@pytest.fixture(scope="module")
+def dense(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("sequential") / "dense", mlp_bias=True)
+
+
+@pytest.fixture(scope="module")
+def record(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> RecordTask:
+    """The dense model, recorded."""
+    folder = tmp_path_factory.mktemp("recorded")
+    tokens = np.random.default_rng(0).integers(0, 256, size=(SEQUENCES, LENGTH), dtype=np.int32)
+    np.save(folder / "tokens.npy", tokens)
+    recording, numerics = Recording(LocalStorage(folder), "none"), checkpoint.Numerics()
+    parts = ("attention", "mlp")
+    task = RecordTask(recording, dense, folder / "tokens.npy", numerics, "float32", SHARD, 8, 100, seed=0, parts=parts)
+    recorder = Recorder(task)
+    for shard in range(SHARDS):
+        recorder(ShardWork(shard, Block(0, 2, 2)))
+    recording.write_manifest(SITES, SHARDS)
+    return task
+
+
+@pytest.fixture
+def task(record: RecordTask, tmp_path: Path) -> SequentialTask:
+    return SequentialTask(record, KEPT, WIDTHS, RIDGE, tmp_path / "repair", "d1" * 32)
+
+
+def carry_out(task: SequentialTask, left: list[Step] | None = None) -> None:
+    worker = SequentialRepairer(task)
+    for step in steps(task, SHARDS) if left is None else left:
+        worker(step)
+
+
+def solved(task: SequentialTask) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for site in SITES:
+        found |= load_file(task.folder / f"{site.key}.safetensors")
+    return found
+
+
+def signals(model: torch.nn.Module, tokens: torch.Tensor, layer: int) -> tuple[np.ndarray, ...]:
+    """Of a layer's MLP: what the output map reads, what it gives, and the stream behind it."""
+    found: list[torch.Tensor] = []
+    output = model.get_submodule(f"model.layers.{layer}.mlp.down_proj")
+    hooks = [
+        output.register_forward_hook(lambda _, args, output: found.extend((args[0], output))),
+        model.get_submodule(f"model.layers.{layer}").register_forward_hook(
+            lambda _, args, output: found.append(output)
+        ),
+    ]
+    with torch.inference_mode():
+        model(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    return tuple(one.flatten(0, 1).double().numpy() for one in found)
+
+
+def test_the_last_site_is_the_best_there_is_behind_all_that_was_repaired(task: SequentialTask, dense: Path) -> None:
+    """What is behind the last layer of the repaired model is as close to the dense one's as its map can bring it.
+
+    With one shard there is none to hold out.
+    """
+    task = replace(task, record=replace(task.record, shard_sequences=SEQUENCES))
+    carry_out(task, list(steps(task, 1)))
+    tokens = torch.from_numpy(np.load(task.record.tokens_path)).long()
+    config = checkpoint.read_config(dense)
+    surgery.write_pruned(
+        dense, task.folder / "pruned", surgery.Surgery(family_of(config), config, KEPT, repair=task.folder)
+    )
+    whole, left = (checkpoint.load_model(one, checkpoint.Numerics()) for one in (dense, task.folder / "pruned"))
+    goal_TD = signals(whole, tokens, 1)[2]
+    signal_TS, written_TD, stream_TD = signals(left, tokens, 1)
+    wanted_TD = goal_TD - (stream_TD - written_TD)
+    rows_TS = np.column_stack([signal_TS, np.ones(len(signal_TS))])
+    best = np.linalg.lstsq(rows_TS, wanted_TD, rcond=None)[0].T
+    repaired = solved(task)
+    name = "model.layers.1.mlp.down_proj"
+    np.testing.assert_allclose(repaired[f"{name}.weight"].numpy(), best[:, :-1], atol=2e-3)
+    np.testing.assert_allclose(repaired[f"{name}.bias"].numpy(), best[:, -1], atol=2e-3)
+
+
+def test_a_site_that_keeps_its_units_keeps_its_weights(task: SequentialTask, dense: Path) -> None:
+    carry_out(task)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    with checkpoint.open_tensors(dense) as tensors:
+        assert torch.equal(solved(task)[name], tensors.read(name))
+        assert not torch.equal(
+            solved(task)["model.layers.0.self_attn.o_proj.weight"],
+            tensors.read("model.layers.0.self_attn.o_proj.weight")[:, 16:],
+        )
+
+
+def test_the_steps_and_what_they_wait_for(task: SequentialTask) -> None:
+    found = steps(task, SHARDS)
+    heads, neurons = SITES[0], SITES[1]
+    assert len(found) == 3 * SHARDS + 4 + SHARDS, "three sites to look at, four to solve, one layer to pass"
+    assert found[Observe(heads, 1)] == ()
+    assert found[Solve(heads)] == tuple(Observe(heads, shard) for shard in range(SHARDS))
+    assert found[Observe(neurons, 2)] == (Solve(heads),)
+    assert found[Advance(0, 1)] == (Solve(neurons),)
+    assert found[Solve(SITES[2])] == (), "its weights stay, there is nothing to wait for"
+    assert found[Observe(SITES[3], 0)] == (Solve(SITES[2]),)
+    order = {step: number for number, step in enumerate(found)}
+    assert all(order[before] < order[step] for step, waits in found.items() for before in waits)
+
+
+@pytest.mark.parametrize("done", [1, 4, 9, 12, 14])
+def test_an_interrupted_repair_goes_on_and_ends_the_same(task: SequentialTask, done: int, tmp_path: Path) -> None:
+    carry_out(task)
+    again = replace(task, folder=tmp_path / "again")
+    carry_out(again, list(steps(again, SHARDS))[:done])
+    left = steps(again, SHARDS)
+    assert len(left) <= len(steps(replace(task, folder=tmp_path / "never"), SHARDS)) - done
+    carry_out(again)
+    assert all(torch.equal(one, solved(task)[name]) for name, one in solved(again).items())
+    assert steps(again, SHARDS) == {}
+
+
+def test_lost_hidden_states_are_computed_again(task: SequentialTask) -> None:
+    carry_out(task)
+    expected = solved(task)
+    (task.folder / f"{SITES[3].key}.safetensors").unlink()
+    task.clear()
+    left = list(steps(task, SHARDS))
+    assert left[:SHARDS] == [Advance(0, shard) for shard in range(SHARDS)]
+    carry_out(task)
+    assert all(torch.equal(one, expected[name]) for name, one in solved(task).items())
+
+
+def test_damaged_sums_are_named(task: SequentialTask) -> None:
+    every = list(steps(task, SHARDS))
+    carry_out(task, every[:SHARDS])
+    path = task.sums.folder / Observe(SITES[0], 1).name
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-00001\.safetensors is damaged"):
+        carry_out(task)
+
+
+def test_what_is_not_finite_is_named(task: SequentialTask, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    broken = make_model(tmp_path / "broken", mlp_bias=True)
+    model = checkpoint.load_model(broken, checkpoint.Numerics())
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.mlp.up_proj").weight[7, 3] = float("nan")
+    model.save_pretrained(broken)
+    task = replace(task, record=replace(task.record, model_dir=broken))
+    with pytest.raises(NumericError, match=r"layer-000\.mlp: sums of products have NaN"):
+        carry_out(task)
