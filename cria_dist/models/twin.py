@@ -66,6 +66,7 @@ class TwinLayer:
     ) -> None:
         config = checkpoint.read_config(directory)
         self.layer = block.first
+        self.repaired = set[Site]()
         self._family = family_of(config)
         self._model = BlockModel(directory, numerics, self._family, block)
         self._kept = {Site.from_key(key): units for key, units in depth.within_layers(kept).items()}
@@ -97,6 +98,7 @@ class TwinLayer:
         kept = torch.from_numpy(signals_of(self._kept[site], self._spans[site])).to(weight.device)
         weight[:, kept] = self._family.oriented(tensors[f"{name}.weight"]).to(weight)
         given = tensors.get(f"{name}.bias")
+        self.repaired.add(site)
         self._left[site] = _fixed(self._family.oriented(weight)), bias if given is None else _fixed(given.to(like))
 
     def kept_signals(self, site: Site, seen: Seen) -> torch.Tensor:

@@ -149,6 +149,6 @@ class SequentialRepairer:
             block = Block(layer, layer + 1, int(self._config["num_hidden_layers"]))
             self._twin = TwinLayer(task.record.model_dir, task.record.numerics, block, task.kept)
         for site in task.sites:
-            if site.layer == layer and is_repaired(task.folder, site, task.digest):
+            if site.layer == layer and site not in self._twin.repaired and is_repaired(task.folder, site, task.digest):
                 self._twin.repair(site, load_file(task.folder / f"{site.key}.safetensors"))
         return self._twin
