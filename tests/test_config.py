@@ -102,7 +102,7 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
         ("method.neighbors=3", r"unknown key 'method\.neighbors'; known keys here: .*neighbours"),
         ("prune.ratio=1", r"^prune\.ratio=1: .*less than 1"),
         ("prune.ratio=a fifth", r'^prune\.ratio="a fifth": .*number'),
-        ("prune.repair=best", r"prune\.repair=\"best\": .*'none', 'bias' or 'least_squares'"),
+        ("prune.repair=best", r"prune\.repair=\"best\": .*'none', 'bias', 'least_squares' or 'sequential'"),
         ("record.tokens=4", r"record\.tokens=4: .*greater than or equal to 32"),
         ("method.neighbours=0", r"^method\.neighbours=0: .*greater than or equal to 1"),
         ("method.name=best", r"^method=.*'cria'.*'random'.*'magnitude'"),

@@ -62,8 +62,9 @@ def mixed_widths(
     }
     if any(found[whole] for whole in keys):
         return found
-    staying = [{**rooms, whole: replace(rooms[whole], smallest=1)} for whole in keys]  # a model has a layer
-    each = [mixed_widths(curves, one, budget, inside, spent) for one in staying]
+    # a model has a layer; and where none is missed, the budget alone says how much goes
+    staying = [{**rooms, whole: replace(rooms[whole], smallest=1)} for whole in keys]
+    each = [mixed_widths(curves, one, budget, inside, spent=True) for one in staying]
     return min(each, key=lambda widths: _increase(curves, widths, inside))
 
 

@@ -39,7 +39,9 @@ def bytes_of_run(
     numbers = sum(widths) * family.signals() + around_layers
     masked = sum(method.unit == "weight" for method in (config.method, *config.compare))
     # hidden states of both models before and behind a layer, sums of products at a site
-    repair = 4 * hidden_states + 4 * num_shards(config) * max(width * (width + hidden_size) for width in widths)
+    repair = 4 * hidden_states + 4 * num_shards(config) * max(
+        (width * (width + hidden_size) for width in widths), default=0
+    )
     # masked maps and sparse copies, at most as large as the model
     sparse = masked + (rounds + recovers) * (config.method.unit == "weight")
     return {

@@ -68,7 +68,8 @@ def test_not_every_layer_goes_though_none_is_missed():
     for whole in INSIDE:
         curves[whole] = Curve(np.array([0.0, 1.0]), np.array([2.0, 2.0]))
     found = mixed_widths(curves, rooms, 235, INSIDE)
-    assert [found[whole] for whole in INSIDE].count(1) == 1
+    assert any(found[whole] for whole in INSIDE)
+    assert 0 <= 235 - cost_of(found, rooms) < 20, "nothing says which of them to miss least: the budget alone decides"
     with pytest.raises(PlanError):
         mixed_widths(curves, rooms, 74, INSIDE)
 
@@ -100,7 +101,8 @@ def test_nothing_with_as_many_units_in_every_layer_is_better(seed, share):
 @pytest.mark.parametrize("spent", [False, True])
 def test_what_costs_nothing_goes_no_further_than_asked(spent):
     curves, rooms = problem(0)
-    curves = {key: Curve(one.widths_C, np.full_like(one.losses_C, 2.0)) for key, one in curves.items()}
+    flat = {key: Curve(one.widths_C, np.full_like(one.losses_C, 2.0)) for key, one in curves.items()}
+    curves = {key: curves[key] if key in INSIDE else one for key, one in flat.items()}
     found = mixed_widths(curves, rooms, 320, INSIDE, spent)
     assert (320 - cost_of(found, rooms) < 20) == spent
     assert found in everything(rooms)

