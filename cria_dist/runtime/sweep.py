@@ -103,11 +103,10 @@ def _share_scores(sweep: Sweep, share: Share, progress: Progress) -> None:
 
 def _share_times(sweep: Sweep, share: Share, progress: Progress) -> None:
     """Measure once what a budget of time is counted in: trials would disturb each other, so they take it over."""
-    timed = [trial for trial in sweep.trials if trial.config.prune.budget == "latency"]
-    if not timed:
+    if not sweep.timed:
         return
-    with progress.stage("measure latency", total=len(timed), unit="trials") as bar:
-        for trial in timed:
+    with progress.stage("measure latency", total=len(sweep.timed), unit="trials") as bar:
+        for trial in sweep.timed:
             context = share.context(trial, "decide")
             latency.table(context)
             context.pool.release()

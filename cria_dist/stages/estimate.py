@@ -75,6 +75,7 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
     storage = bytes_of_run(config, model_config, family, work.sizes.parameters)
     forward, moments = flop(config, work)
     workers = workers_assumed(config)
+    seconds = _probed(config, work, workers, directory) if measured else _at_best(config, work, workers)
     widths = family.widths(model_config, config.prune.parts)
     prunable = sum(width * family.unit_cost(site, model_config) for site, width in widths.items())
     return {
@@ -95,9 +96,12 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
         ),
         "forward_flop": forward,
         "moments_flop": moments,
-        "seconds": round(_probed(config, work, workers, directory) if measured else _at_best(config, work, workers), 1),
+        "repair_flop": repair_flop(config, work),
+        "seconds": round(seconds, 1),
+        "seconds.repair": round(seconds * repair_flop(config, work) / (forward + moments), 1),
         "seconds.basis": f"record, {workers} workers as fast as this process; "
-        + ("one batch through the first and a middle layer" if measured else "matrix products, hence at best"),
+        + ("one batch through the first and a middle layer" if measured else "matrix products, hence at best")
+        + "; repair in sequence, as fast as that" * (config.prune.repair == "sequential"),
     }
 
 
@@ -107,6 +111,15 @@ def flop(config: RunConfig, work: Workload) -> tuple[int, int]:
     tokens = config.data.calibration_sequences * work.length * config.prune.rounds
     attention = 4 * work.length * sizes.heads * sizes.head_dim * work.layers
     return tokens * (2 * sum(sizes.layers) + attention), tokens * 2 * sum(width * width for width in sizes.widths)
+
+
+def repair_flop(config: RunConfig, work: Workload) -> int:
+    """Floating-point operations of a sequential repair, at most: both models at every site, what is left once more."""
+    if config.prune.repair != "sequential":
+        return 0
+    forward, moments = flop(config, work)
+    tokens = config.data.calibration_sequences * work.length * config.prune.rounds
+    return (2 * len(work.parts) + 1) * forward + moments + 2 * tokens * sum(work.sizes.widths) * work.sizes.hidden
 
 
 def workers_assumed(config: RunConfig) -> int:

@@ -27,6 +27,7 @@ from cria_dist.stages.repair_steps import Advance, Observe, SequentialTask, Solv
 from cria_dist.stages.sample import Batch, sample_of
 from cria_dist.store import sealed
 from cria_dist.store.names import Slice
+from cria_dist.store.recording import Recording
 
 
 class SequentialRepairer:
@@ -65,36 +66,40 @@ class SequentialRepairer:
 
     def _observe(self, step: Observe, sequences: range) -> None:
         """The output's target is where the whole model's sum ends up, less what the new output will be added to."""
-        twin = self._at(step.site.layer)
+        layer, twin = step.site.layer, self._at(step.site.layer)
         outputs, biased = twin.sizes(step.site)
         width = len(self._task.kept[step.site.key]) * self._family.span(step.site, self._config)
         gram = gram_of(Slice(0, width + biased), width + biased, twin.device)
         cross_SD = torch.zeros(width + biased, outputs, device=twin.device)
-        for _, whole, left in self._batches(step.site.layer, step.shard, sequences):
-            target_TD = twin.run(whole, site=step.site)[1].joined_TD
+        behind = _Behind(len(sequences))
+        for part, whole, left in self._batches(layer, step.shard, sequences):
+            hidden, goal = twin.run(whole, site=step.site)
+            behind.put(part, hidden)
             seen = twin.run(left, pruned=True, site=step.site)[1]
             signal_TS = twin.kept_signals(step.site, seen)
             if biased:
                 signal_TS = torch.nn.functional.pad(signal_TS, (0, 1), value=1.0)
             gram.add(signal_TS)
-            add_products(cross_SD, signal_TS, target_TD - seen.beside_TD)
+            add_products(cross_SD, signal_TS, goal.joined_TD - seen.beside_TD)
         sums = {"gram": torch.from_numpy(gram.rows()), "cross": cross_SD.cpu()}
         sealed.write(self._task.sums, step.name, sums)
+        whole_stream = self._task.streams[0]
+        if layer < self._task.sites[-1].layer and (layer + 1, step.shard) not in boundary.stored(whole_stream):
+            behind.write(whole_stream, layer + 1, step.shard)  # one pass less for the step behind the layer
 
     def _advance(self, step: Advance, sequences: range) -> None:
         """Hidden states behind the layer, for the next one."""
-        twin = self._at(step.layer)
-        behind: list[torch.Tensor | None] = [None, None]
+        twin, behind = self._at(step.layer), step.layer + 1
+        found = {
+            (number, stream): _Behind(len(sequences))
+            for number, stream in enumerate(self._task.streams)
+            if (behind, step.shard) not in boundary.stored(stream)
+        }
         for part, *values in self._batches(step.layer, step.shard, sequences):
-            for number, one in enumerate(values):
-                hidden, _ = twin.run(one, pruned=bool(number))
-                if (there := behind[number]) is None:  # the first batch has the longest sequences
-                    there = torch.zeros(len(sequences), *hidden.shape[1:], dtype=hidden.dtype)
-                    behind[number] = there
-                part.put(there, hidden.cpu())
-        for stream, values in zip(self._task.streams, behind, strict=True):
-            if values is not None:
-                boundary.write(stream, step.layer + 1, step.shard, values)
+            for (number, _), hidden in found.items():
+                hidden.put(part, twin.run(values[number], pruned=bool(number))[0])
+        for (_, stream), hidden in found.items():
+            hidden.write(stream, behind, step.shard)
 
     def _solve(self, site: Site) -> None:
         """The weights of the kept units, and the bias where the map has one."""
@@ -152,3 +157,26 @@ class SequentialRepairer:
             if site.layer == layer and site not in self._twin.repaired and is_repaired(task.folder, site, task.digest):
                 self._twin.repair(site, load_file(task.folder / f"{site.key}.safetensors"))
         return self._twin
+
+
+class _Behind:
+    """Hidden states behind a layer, put together from batches.
+
+    Args:
+        sequences: how many of them.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences = sequences
+        self._values: torch.Tensor | None = None
+
+    def put(self, part: Batch, hidden: torch.Tensor) -> None:
+        """Add a batch."""
+        if self._values is None:  # the first batch has the longest sequences
+            self._values = torch.zeros(self._sequences, *hidden.shape[1:], dtype=hidden.dtype)
+        part.put(self._values, hidden.cpu())
+
+    def write(self, stream: Recording, layer: int, shard: int) -> None:
+        """Store them as those before ``layer``."""
+        if self._values is not None:
+            boundary.write(stream, layer, shard, self._values)

@@ -53,6 +53,13 @@ AFTER_SCORING = ("prune", "recover", "evaluate")
 """Sections that recording and scoring do not read, but for what is pruned."""
 
 
+TIMED = (
+    *("model", "model.dtype", "data", "data.sequence_length"),
+    *("prune", "prune.units", "prune.multiple", "prune.latency"),
+)
+"""Keys that say which times a budget of latency is counted in."""
+
+
 @dataclass(frozen=True, slots=True)
 class Search:
     """Trials of one combination of the grid, each chosen after others are known.
@@ -94,6 +101,25 @@ class Search:
         first = {key: _ends(choice)[0] for key, choice in self.choices.items()}
         return [self.trial({**first, key: value}) for key, choice in self.choices.items() for value in _ends(choice)]
 
+    def timed(self) -> list[Trial]:
+        """A trial for every table of times that one of them may read.
+
+        Raises:
+            ConfigError: they cannot be listed.
+        """
+        first = {key: _ends(choice)[0] for key, choice in self.choices.items()}
+        read = {key: choice for key, choice in self.choices.items() if key in TIMED}
+        for key, choice in read.items():
+            if isinstance(choice, Range) and self.example.config.prune.budget == "latency":
+                raise ConfigError(
+                    f"sweep.space.{key} is a range, and prune.budget=latency needs times for each of its values, "
+                    "measured before any trial starts; give a list of values"
+                )
+        return [
+            self.trial({**first, **dict(zip(read, chosen, strict=True))})
+            for chosen in itertools.product(*map(_ends, read.values()))
+        ]
+
     @property
     def digest(self) -> str:
         """Of what is searched."""
@@ -115,6 +141,7 @@ class Sweep:
         concurrency: trials at the same time.
         searches: one per combination, where trials are searched for.
         rungs: grace steps and reduction factor, where trials are stopped early.
+        timed: trials whose budget is time; of a search one for every table of times.
     """
 
     base: RunConfig
@@ -122,6 +149,7 @@ class Sweep:
     concurrency: int
     searches: tuple[Search, ...] = ()
     rungs: tuple[int, int] | None = None
+    timed: tuple[Trial, ...] = ()
 
     @property
     def count(self) -> int:
@@ -167,7 +195,9 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
         same = " and ".join(repr(trial.label) for trial in trials if trial.folder == twice[0])
         raise ConfigError(f"{same} are the same run; leave one out of sweep.grid")
     rungs = halving.rungs(settings, [(trial.label, trial.config) for trial in corners or trials], bool(searches))
-    return Sweep(base, trials, settings.concurrency, searches, rungs)
+    asked = [trial for search in searches for trial in search.timed()] if searches else trials
+    timed = tuple(trial for trial in asked if trial.config.prune.budget == "latency")
+    return Sweep(base, trials, settings.concurrency, searches, rungs, timed)
 
 
 def _searches(

@@ -62,7 +62,7 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert found["storage_bytes.boundaries"] == TOKENS * 4096 * 2
     assert found["storage_bytes.checkpoints"] == 2 * 2 * 6_738_415_616
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
-    assert found["storage_bytes.repair"] == 0
+    assert (found["storage_bytes.repair"], found["repair_flop"], found["seconds.repair"]) == (0, 0, 0)
     assert found["forward_flop"] == TOKENS * 32 * (2 * layer + 4 * 2048 * 4096)
     assert found["moments_flop"] == TOKENS * 32 * 2 * 11008**2
     assert (found["workers"], found["memory.per_worker"]) == (8, "22 GB")
@@ -75,13 +75,15 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert found["analyst_memory_bytes"] == 6 * 4 * 4096 * 11008
 
 
-def test_a_sequential_repair_keeps_two_streams_and_the_sums_of_a_site(
-    run_config: RunConfigMaker, tmp_path: Path
-) -> None:
+def test_a_sequential_repair_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     config = large(run_config, tmp_path, LLAMA_7B, memory_gb=22)
     config = config.model_copy(update={"prune": config.prune.model_copy(update={"repair": "sequential"})})
-    found = estimate(config)["storage_bytes.repair"]
-    assert found == 4 * TOKENS * 4096 * 2 + 16 * 4 * 11008 * (11008 + 4096)
+    found = estimate(config)
+    assert found["storage_bytes.repair"] == 4 * TOKENS * 4096 * 2 + 16 * 4 * 11008 * (11008 + 4096)
+    forward, moments, repair = (int(str(found[f"{name}_flop"])) for name in ("forward", "moments", "repair"))
+    assert repair == 3 * forward + moments + TOKENS * 32 * 2 * 11008 * 4096
+    seconds = float(str(found["seconds"])), float(str(found["seconds.repair"]))
+    assert seconds[1] / seconds[0] == pytest.approx(repair / (forward + moments), rel=0.02)
 
 
 def test_llama_3_70b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cria_dist.errors import DataError, NumericError
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.blocks import Block
 from cria_dist.models.family import family_of
+from cria_dist.models.twin import TwinLayer
 from cria_dist.records import Site
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
 from cria_dist.stages.repair_sequential import SequentialRepairer
@@ -181,3 +183,23 @@ def test_what_is_not_finite_is_named(task: SequentialTask, make_model: Callable[
     task = replace(task, record=replace(task.record, model_dir=broken))
     with pytest.raises(NumericError, match=r"layer-000\.mlp: sums of products have NaN"):
         carry_out(task)
+
+
+def test_the_whole_model_runs_once_past_every_look(task: SequentialTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sites to look at in two layers: the step past the first layer runs what is left of it alone."""
+    ran: list[tuple[int, bool]] = []
+    run = TwinLayer.run
+
+    def counted(twin: TwinLayer, values: torch.Tensor, pruned: bool = False, site: Site | None = None) -> Any:
+        ran.append((twin.layer, pruned))
+        return run(twin, values, pruned, site)
+
+    monkeypatch.setattr(TwinLayer, "run", counted)
+    carry_out(task)
+    batches = 5  # of 8, of shards of 16 in 40
+    assert {kind: ran.count(kind) for kind in ran} == {
+        (0, False): 2 * batches,
+        (0, True): 3 * batches,
+        (1, False): batches,
+        (1, True): batches,
+    }

@@ -168,6 +168,22 @@ def test_a_search_of_its_own_for_every_combination_of_the_grid(write: Callable[[
     assert plan(path, ["seed=5", "sweep.trials=6"]).folder != sweep.folder == plan(path, ["seed=5"]).folder
 
 
+def test_times_are_measured_for_all_that_a_search_may_choose(write: Callable[[str], str]) -> None:
+    latency = ["prune.budget=latency", "prune.allocation=sensitivity"]
+    space = "'prune.multiple' = [1, 4]\n'prune.units' = [['mlp'], ['mlp', 'attention']]\n'prune.ridge' = [1e-4, 1e-3]\n"
+    path = write(f"{OPTUNA}[sweep.space]\n{space}")
+    timed = plan(path, latency).timed
+    assert {(one.config.prune.multiple, one.config.prune.units, one.config.prune.ridge) for one in timed} == {
+        (multiple, units, 1e-4) for multiple in (1, 4) for units in (("mlp",), ("mlp", "attention"))
+    }
+    assert len(timed) == 4
+    assert plan(path, ["prune.budget=parameters"]).timed == ()
+    path = write(f"{OPTUNA}[sweep.space]\n'prune.multiple' = {{ min = 1, max = 4 }}\n")
+    assert plan(path).timed == ()
+    with pytest.raises(ConfigError, match=r"sweep\.space\.prune\.multiple is a range, .* give a list of values"):
+        plan(path, latency)
+
+
 def test_where_trials_are_compared_and_that_they_are_names_the_folder(write: Callable[[str], str]) -> None:
     grid = "recover.learning_rate = [1e-4, 1e-3]\nprune.ratio = [0.2, 0.3]\nrecover.patience = [2]\n"
     quiet, sweep = plan(write("[sweep.grid]\n" + grid)), plan(write(ASHA + grid))
