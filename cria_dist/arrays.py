@@ -135,6 +135,21 @@ def solve_lower(factor_NN: Array, right_NM: Array, transposed: bool = False) -> 
     return namespace(factor_NN).asarray(solved)
 
 
+def solve_positive(symmetric_NN: Array, right_NM: Array) -> Array:
+    """Solve ``A X = B`` with a symmetric positive definite matrix.
+
+    Raises:
+        ValueError: the matrix is not positive definite.
+    """
+    if _on_gpu(symmetric_NN):
+        factor_NN = namespace(symmetric_NN).linalg.cholesky(symmetric_NN)
+        if not bool(namespace(factor_NN).isfinite(factor_NN).all()):  # cupy gives NaN instead of an error
+            raise ValueError("the matrix is not positive definite")
+        return solve_lower(factor_NN, solve_lower(factor_NN, right_NM), transposed=True)
+    factor = scipy.linalg.cho_factor(to_numpy(symmetric_NN), lower=True)  # its LinAlgError is a ValueError
+    return namespace(symmetric_NN).asarray(scipy.linalg.cho_solve(factor, to_numpy(right_NM)))
+
+
 def top_eigenpairs(symmetric_NN: Array, count: int) -> tuple[Array, Array]:
     """The ``count`` largest eigenvalues (descending) and orthonormal eigenvectors of a dense symmetric matrix."""
     xp, size = namespace(symmetric_NN), symmetric_NN.shape[0]

@@ -38,7 +38,7 @@ class PruneConfig(Section):
     """What the surviving output weights do for the removed units; nothing where layers or single weights go. ``bias``
     and ``least_squares`` look at every site by itself, as the recording saw it. ``sequential`` goes on from there layer
     by layer: the weights of a layer are solved for what the repaired layers before it hand on, so that each makes good
-    what they have lost; the calibration goes through the model four times more."""
+    what they have lost; the calibration goes through the model three times more (five times where heads go too)."""
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
     """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix)."""
     allocation: Allocation = "uniform"

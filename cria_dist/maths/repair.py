@@ -6,17 +6,20 @@ Shapes: D outputs of the next linear map, N units, S surviving, R removed.
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
+from cria_dist import arrays
+from cria_dist.arrays import Array
 from cria_dist.errors import NumericError
 from cria_dist.records import Float64, Moments
 
-RIDGES = (1.0, 1e1, 1e2, 1e3, 1e4, 1e5)
-"""Times the given one, that are tried on held-out tokens."""
+RIDGES = (1e5, 1e4, 1e3, 1e2, 1e1, 1.0)
+"""Times the given one, that are tried on held-out tokens in this order, as long as they predict them better."""
 
 
-def least_squares(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64], ridge: float) -> Float64:
+def least_squares(
+    weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64], ridge: float, library: arrays.Library = "numpy"
+) -> Float64:
     """Re-solve the surviving columns of the output projection: ``min |A W^T - A_S V^T|^2`` over tokens.
 
     ``V = W[:, S] + W[:, R] G[R, S] (G[S, S] + r I)^-1`` with the Gram matrix ``G = A^T A`` of the post-activation
@@ -28,6 +31,7 @@ def least_squares(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64
         moments: moments of the post-activation signals over the calibration tokens.
         kept_S: indices of the surviving units.
         ridge: relative ridge, > 0.
+        library: which one solves.
 
     Returns:
         New columns of the surviving units, float64 [D, S].
@@ -39,9 +43,9 @@ def least_squares(weight_DN: Float64, moments: Moments, kept_S: NDArray[np.int64
         raise NumericError("the Gram matrix has NaN or infinite entries; look at the recorded activations")
     removed_R = np.setdiff1d(np.arange(weight_DN.shape[1]), kept_S)
     gram_RS = moments.gram_NN[np.ix_(removed_R, kept_S)]
-    factor, _ = _factor(moments.gram_NN[np.ix_(kept_S, kept_S)], ridge)
-    correction_SD = scipy.linalg.cho_solve(factor, (weight_DN[:, removed_R] @ gram_RS).T)
-    return weight_DN[:, kept_S] + correction_SD.T
+    gram_SS = arrays.to_device(moments.gram_NN[np.ix_(kept_S, kept_S)], library)
+    lost_SD = arrays.to_device((weight_DN[:, removed_R] @ gram_RS).T, library)
+    return weight_DN[:, kept_S] + arrays.to_numpy(_solved(gram_SS, lost_SD, ridge)).T
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +53,31 @@ class Products:
     """Sums of products over tokens: of signals A with each other, and with a target T; ``a + b`` covers both sets.
 
     Attributes:
-        gram_SS: ``A^T A``, float64.
+        gram_SS: ``A^T A``, float64, NumPy or CuPy.
         cross_SD: ``A^T T``, float64.
     """
 
-    gram_SS: Float64
-    cross_SD: Float64
+    gram_SS: Array
+    cross_SD: Array
 
     def __add__(self, other: "Products") -> "Products":
         """Merge two disjoint sets of tokens."""
         return Products(self.gram_SS + other.gram_SS, self.cross_SD + other.cross_SD)
 
-    def error(self, weight_DS: Float64) -> float:
-        """``|A V^T - T|^2`` less ``|T|^2``."""
-        return float(np.sum(weight_DS @ self.gram_SS * weight_DS) - 2 * np.sum(weight_DS * self.cross_SD.T))
+    def unexplained(self, weight_DS: Array) -> Array:
+        """``A^T (T - A W^T)``, [S, D]: what is left of the target's products."""
+        return self.cross_SD - self.gram_SS @ weight_DS.T
 
 
-def refit(start_DS: Float64, fitted: Products, held_out: Products | None, ridge: float) -> Float64:
+def refit(start_DS: Array, fitted: Products, held_out: Products | None, ridge: float) -> Array:
     """Weights that predict a target from signals: ``min |A V^T - T|^2 + r |V - W|^2`` over tokens.
 
-    ``V = (B^T + r W) (G + r I)^-1`` with ``G = A^T A`` and ``B = A^T T``. With the dense model's output as target, and
-    signals of a layer as the repaired layers before it leave them, V also makes good what these have lost (asymmetric
-    reconstruction, https://arxiv.org/abs/1505.06798). What they have lost is mostly noise to a single layer, and with
-    too few tokens V learns it: of ridges up to 1e5 times the given one that is taken which predicts held-out tokens
-    best, or none, and the weights stay W. (SmolLM2-135M, half of the neurons: 25,000 tokens want ridges of 0.1 to 10.)
+    ``V^T = W^T + (G + r I)^-1 (B - G W^T)`` with ``G = A^T A`` and ``B = A^T T``. With the dense model's output as
+    target, and signals of a layer as the repaired layers before it leave them, V also makes good what these have lost
+    (asymmetric reconstruction, https://arxiv.org/abs/1505.06798). What they have lost is mostly noise to a single
+    layer, and with too few tokens V learns it: from 1e5 times the given ridge down, that is taken which predicts
+    held-out tokens best, or none, and the weights stay W. (SmolLM2-135M, half of the neurons: 25,000 tokens want ridges
+    of 0.1 to 10.)
 
     Args:
         start_DS: weights W that the ridge pulls towards.
@@ -86,30 +91,36 @@ def refit(start_DS: Float64, fitted: Products, held_out: Products | None, ridge:
     Raises:
         NumericError: the sums are not finite, or singular at this ridge.
     """
+    xp = arrays.namespace(start_DS)
     both = fitted if held_out is None else fitted + held_out
-    if not (np.isfinite(both.gram_SS).all() and np.isfinite(both.cross_SD).all()):
+    if not (bool(xp.all(xp.isfinite(both.gram_SS))) and bool(xp.all(xp.isfinite(both.cross_SD)))):
         raise NumericError("sums of products have NaN or infinite entries; does the model overflow in this dtype?")
-    if held_out is None:
-        return _solved(start_DS, fitted, ridge)
-    errors = {one * ridge: held_out.error(_solved(start_DS, fitted, one * ridge)) for one in RIDGES}
-    best = min(errors, key=errors.__getitem__)
-    return _solved(start_DS, both, best) if errors[best] < held_out.error(start_DS) else start_DS
+    best = ridge if held_out is None else _best_ridge(start_DS, fitted, held_out, ridge)
+    return start_DS if best is None else start_DS + _solved(both.gram_SS, both.unexplained(start_DS), best).T
 
 
-def _solved(start_DS: Float64, products: Products, ridge: float) -> Float64:
-    factor, added = _factor(products.gram_SS, ridge)
-    return scipy.linalg.cho_solve(factor, products.cross_SD + added * start_DS.T).T
+def _best_ridge(start_DS: Array, fitted: Products, held_out: Products, ridge: float) -> float | None:
+    """The one whose solution predicts the held-out tokens best; None if the start does."""
+    xp = arrays.namespace(start_DS)
+    left_SD, ahead_SD = fitted.unexplained(start_DS), held_out.unexplained(start_DS)
+    best, least = None, 0.0
+    for factor in RIDGES:
+        step_SD = _solved(fitted.gram_SS, left_SD, factor * ridge)
+        change = float(xp.sum(step_SD * (held_out.gram_SS @ step_SD - 2 * ahead_SD)))  # of the squared error
+        if change >= least:
+            break  # more tokens' noise than they teach; smaller ridges take more of both
+        best, least = factor * ridge, change
+    return best
 
 
-def _factor(gram_SS: Float64, ridge: float) -> tuple[tuple[Float64, bool], float]:
-    """The Cholesky factor of the Gram matrix with its ridge, and the ridge."""
-    mean_diagonal = float(np.trace(gram_SS)) / len(gram_SS)
+def _solved(gram_SS: Array, right_SD: Array, ridge: float) -> Array:
+    """``(G + r I)^-1 B`` with a ridge relative to the mean diagonal of G."""
+    xp, size = arrays.namespace(gram_SS), gram_SS.shape[0]
+    mean_diagonal = float(xp.linalg.trace(gram_SS)) / size
     added = ridge * mean_diagonal if mean_diagonal > 0 else 1.0
-    gram_SS = gram_SS.copy()
-    gram_SS[np.diag_indices(len(gram_SS))] += added
     try:
-        return scipy.linalg.cho_factor(gram_SS, lower=True), added
-    except scipy.linalg.LinAlgError as error:
+        return arrays.solve_positive(gram_SS + added * xp.eye(size, dtype=gram_SS.dtype), right_SD)
+    except ValueError as error:
         raise NumericError(
             f"the Gram matrix is singular at repair ridge {ridge:g}; raise it or record more tokens"
         ) from error

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
+from cria_dist import arrays
 from cria_dist.errors import NumericError
 from cria_dist.files import write_bytes
 from cria_dist.maths.repair import Products, least_squares, refit
@@ -20,7 +21,7 @@ from cria_dist.models.family import family_of
 from cria_dist.models.mlp import signals_of
 from cria_dist.models.twin import TwinLayer
 from cria_dist.records import Site
-from cria_dist.stages import boundary
+from cria_dist.stages import boundary, memory
 from cria_dist.stages.gram import add_products, gram_of
 from cria_dist.stages.repair import is_repaired
 from cria_dist.stages.repair_steps import Advance, Observe, SequentialTask, Solve, Step
@@ -111,9 +112,11 @@ class SequentialRepairer:
         solved_DS = weight.double().numpy()[:, kept_S]
         if task.is_changed(site):
             moments = task.record.recording.moments(site)
-            start_DS = least_squares(weight.double().numpy(), moments, kept_S, task.ridge)
+            library = _library(kept_S.size, len(weight))
+            start_DS = least_squares(weight.double().numpy(), moments, kept_S, task.ridge, library)
             start_DS = start_DS if bias is None else np.column_stack([start_DS, bias.double().numpy()])
-            solved_DS = refit(start_DS, *self._products(site), task.ridge)
+            refitted_DS = refit(arrays.to_device(start_DS, library), *self._products(site, library), task.ridge)
+            solved_DS = arrays.to_numpy(refitted_DS)
         weight_DS = torch.from_numpy(solved_DS[:, : kept_S.size]).to(weight.dtype)
         found = {f"{name}.weight": self._family.oriented(weight_DS)}
         if bias is not None and task.is_changed(site):
@@ -121,21 +124,22 @@ class SequentialRepairer:
         stored = {key: tensor.contiguous() for key, tensor in found.items()}
         write_bytes(task.folder / f"{site.key}.safetensors", save(stored, metadata={"digest": task.digest}))
 
-    def _products(self, site: Site) -> tuple[Products, Products | None]:
+    def _products(self, site: Site, library: arrays.Library) -> tuple[Products, Products | None]:
         """Over all shards but the last quarter of them, and over these; summed in their order."""
         shards = -(-self._sample.sequences // self._task.record.shard_sequences)
         parts = [Observe(site, shard).name for shard in range(shards)]
         fitted = max(1, shards - max(1, shards // 4))
-        return self._summed(parts[:fitted]), self._summed(parts[fitted:]) if shards > 1 else None
+        held_out = self._summed(parts[fitted:], library) if shards > 1 else None
+        return self._summed(parts[:fitted], library), held_out
 
-    def _summed(self, names: Sequence[str]) -> Products:
+    def _summed(self, names: Sequence[str], library: arrays.Library) -> Products:
         parts = (sealed.read(self._task.sums, name) for name in names)
         first = next(parts)
         gram_SS, cross_SD = first["gram"].double().numpy(), first["cross"].double().numpy()
         for part in parts:
             gram_SS += part["gram"].numpy()
             cross_SD += part["cross"].numpy()
-        return Products(gram_SS, cross_SD)
+        return Products(arrays.to_device(gram_SS, library), arrays.to_device(cross_SD, library))
 
     def _batches(self, layer: int, shard: int, sequences: range) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
         """What goes into the layer, of the model as it is and as it will be, batch by batch."""
@@ -157,6 +161,13 @@ class SequentialRepairer:
             if site.layer == layer and site not in self._twin.repaired and is_repaired(task.folder, site, task.digest):
                 self._twin.repair(site, load_file(task.folder / f"{site.key}.safetensors"))
         return self._twin
+
+
+def _library(signals: int, outputs: int) -> arrays.Library:
+    """The device's, where it has room for some of each matrix in doubles beside the layer; else NumPy."""
+    needed = 8 * (6 * signals**2 + 6 * signals * outputs)
+    library = arrays.choose()[0]
+    return library if library == "cupy" and needed < memory.measure(1) / 2 else "numpy"
 
 
 class _Behind:

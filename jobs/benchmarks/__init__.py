@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jobs.benchmarks import classifiers, demo, quality, record, recover, spectral, surgery
+from jobs.benchmarks import classifiers, demo, quality, record, recover, repair, spectral, surgery
 from jobs.benchmarks.frame import Measurement
 
 BENCHMARKS: dict[str, Callable[[bool], Measurement]] = {
@@ -11,6 +11,7 @@ BENCHMARKS: dict[str, Callable[[bool], Measurement]] = {
     "quality": quality.measure,
     "record": record.measure,
     "recover": recover.measure,
+    "repair": repair.measure,
     "spectral": spectral.measure,
     "surgery": surgery.measure,
 }

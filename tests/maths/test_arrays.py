@@ -85,3 +85,13 @@ def test_top_eigenpairs_of_a_dense_matrix(library, count):
     np.testing.assert_allclose(values, np.linalg.eigvalsh(symmetric)[::-1][:count], atol=1e-12)
     np.testing.assert_allclose(symmetric @ vectors, vectors * values, atol=1e-10)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), atol=1e-12)
+
+
+def test_solve_positive(library):
+    rng = np.random.default_rng(0)
+    rows, right = rng.normal(size=(40, 12)), rng.normal(size=(12, 3))
+    matrix = arrays.to_device(rows.T @ rows, library)
+    found = arrays.to_numpy(arrays.solve_positive(matrix, arrays.to_device(right, library)))
+    np.testing.assert_allclose(found, np.linalg.solve(rows.T @ rows, right), atol=1e-10)
+    with pytest.raises(ValueError, match="positive definite"):
+        arrays.solve_positive(-matrix, arrays.to_device(right, library))

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cria_dist import arrays
 from cria_dist.errors import NumericError
 from cria_dist.maths.repair import Products, least_squares, mean_bias, refit
 from cria_dist.records import Moments
@@ -202,6 +203,28 @@ def test_the_ridge_is_the_one_that_predicts_held_out_tokens_best():
     best = min(errors, key=errors.__getitem__)
     assert best > 1e-4, "noise is not worth learning"
     np.testing.assert_allclose(found, refit(weight, fitted + held, None, best), atol=1e-9)
+
+
+def test_a_refit_on_a_device_is_that_of_the_host(library):
+    activations, weight = relu_layer(tokens=60, units=20)
+    target = activations @ weight.T + np.random.default_rng(5).normal(size=(60, 7))
+    sums = products_of(activations[:40], target[:40]), products_of(activations[40:], target[40:])
+    moved = [Products(*(arrays.to_device(one, library) for one in (each.gram_SS, each.cross_SD))) for each in sums]
+    found = arrays.to_numpy(refit(arrays.to_device(weight, library), *moved, 1e-4))
+    np.testing.assert_allclose(found, refit(weight, *sums, 1e-4), atol=1e-9)
+    kept = without(20, 3, 4)
+    expected = least_squares(weight, moments_of(activations), kept, 1e-4)
+    np.testing.assert_allclose(least_squares(weight, moments_of(activations), kept, 1e-4, library), expected, atol=1e-9)
+
+
+def test_smaller_ridges_are_tried_while_they_help(monkeypatch):
+    activations, weight = relu_layer(tokens=60, units=20)
+    target = activations @ weight.T + np.random.default_rng(5).normal(size=(60, 7))
+    tried = []
+    solve = arrays.solve_positive
+    monkeypatch.setattr(arrays, "solve_positive", lambda *given: (tried.append(given), solve(*given))[1])
+    refit(weight, products_of(activations[:40], target[:40]), products_of(activations[40:], target[40:]), 1e-4)
+    assert 2 < len(tried) < 7, "the best, one that is worse, and the solution for all tokens"
 
 
 def test_weights_that_nothing_improves_on_held_out_tokens_stay():

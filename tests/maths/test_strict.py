@@ -15,6 +15,7 @@ from cria_dist.maths import (
     lobpcg,
     neighbours,
     pencil,
+    repair,
     sketch,
     solve,
 )
@@ -162,3 +163,12 @@ def test_elimination():
     found = elimination.eliminate(strict.asarray(signals.T @ signals), strict.asarray(weight), 1e-3)
     np.testing.assert_array_equal(found.order_N, expected.order_N)
     np.testing.assert_allclose(found.cost_N, expected.cost_N, rtol=1e-9)
+
+
+def test_a_refit():
+    rng = np.random.default_rng(0)
+    rows, target, start = rng.normal(size=(60, 12)), rng.normal(size=(60, 3)), rng.normal(size=(3, 12))
+    sums = [(rows[part].T @ rows[part], rows[part].T @ target[part]) for part in (slice(40), slice(40, 60))]
+    given = [repair.Products(*map(strict.asarray, one)) for one in sums]
+    expected = repair.refit(start, *(repair.Products(*one) for one in sums), 1e-4)
+    np.testing.assert_allclose(host(repair.refit(strict.asarray(start), *given, 1e-4)), expected, atol=1e-10)

@@ -185,7 +185,7 @@ def test_twenty_kills_at_random_points_change_nothing(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("victim", ["node", "driver"])
+@pytest.mark.parametrize("victim", ["node", pytest.param("driver", marks=pytest.mark.soak)])
 def test_a_lost_node_and_a_killed_driver(
     run_config: Callable[..., RunConfig],
     run_tree: dict[str, Any],

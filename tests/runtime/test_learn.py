@@ -31,6 +31,8 @@ def task(pico: Path, tmp_path: Path) -> LearnTask:
     return LearnTask(pico, tmp_path / "tokens.npy", gates, tmp_path / "one.jsonl", METHOD, "highest", 0)
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 def test_two_workers_equal_one(task: LearnTask, tmp_path: Path) -> None:
     train_here(task, "one", tmp_path)
     two = replace(task, gates=Gates(tmp_path / "two.npz", "d1"), log_path=tmp_path / "two.jsonl")

@@ -57,6 +57,8 @@ def test_a_sequential_repair_does_not_depend_on_the_workers(
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("session")
 def test_two_training_workers_equal_one(run_config: Callable[..., Any], finished_run: Any, tmp_path: Path) -> None:
     recover = finished_run.config.recover.model_copy(update={"workers": 2})

@@ -66,6 +66,8 @@ def recorded(warm: RunConfig, config: RunConfig) -> dict[str, Any]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc of Linux")
 def test_a_model_beyond_the_budget_is_swept_within_it(
     run_config: RunConfigMaker, make_model: Callable[..., Path], tmp_path: Path

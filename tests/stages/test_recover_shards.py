@@ -28,6 +28,8 @@ from cria_dist.stages.halving import Race
 from cria_dist.stages.prepare import prepare
 from cria_dist.stages.recover import Place, RecoverTask, Teacher, read_log
 
+pytestmark = pytest.mark.slow
+
 RECIPES: dict[str, dict[str, Any]] = {
     "all": {"train": "all", "patience": 5, "batch_sequences": 6},
     "distilled": {"train": "all", "distill": 0.5, "distill_hidden": 0.3},
