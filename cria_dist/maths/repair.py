@@ -118,8 +118,11 @@ def _solved(gram_SS: Array, right_SD: Array, ridge: float) -> Array:
     xp, size = arrays.namespace(gram_SS), gram_SS.shape[0]
     mean_diagonal = float(xp.linalg.trace(gram_SS)) / size
     added = ridge * mean_diagonal if mean_diagonal > 0 else 1.0
+    shifted_SS = xp.eye(size, dtype=gram_SS.dtype, device=gram_SS.device)
+    shifted_SS *= added  # in place: these matrices are the peak of a repair's memory
+    shifted_SS += gram_SS
     try:
-        return arrays.solve_positive(gram_SS + added * xp.eye(size, dtype=gram_SS.dtype), right_SD)
+        return arrays.solve_positive(shifted_SS, right_SD)
     except ValueError as error:
         raise NumericError(
             f"the Gram matrix is singular at repair ridge {ridge:g}; raise it or record more tokens"

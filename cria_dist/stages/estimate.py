@@ -16,6 +16,7 @@ from cria_dist.stages import memory, probe, schedule
 from cria_dist.stages.analyse import analyst_bytes, widest_site
 from cria_dist.stages.check_tensors import check_sizes, check_tensors
 from cria_dist.stages.footprint import Workload, in_units, itemsize, num_shards, signal_dtype
+from cria_dist.stages.repair_steps import solver_bytes
 from cria_dist.store.moments import stored_bytes
 
 RECORDED = ("signals", "moments", "boundaries")
@@ -90,6 +91,7 @@ def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:
         **_advice(config, storage),
         **_memory(config, work, workers),
         "memory.evaluate": _memory_to_evaluate(config, work.sizes.parameters, prunable, workers),
+        **_memory_to_repair(config, family, model_config),
         "analyst_memory_bytes": max(
             analyst_bytes(method.needs, config.record.tokens, signals, work.sizes.hidden)
             for method in (config.method, *config.compare)
@@ -167,6 +169,14 @@ def _memory_to_evaluate(config: RunConfig, parameters: int, prunable: int, worke
     size = (parameters + copied) * itemsize(config.model.dtype)
     fits = "fits" if size <= memory.of_machine(config, workers) else "does not fit"
     return f"{in_units(size)}, {fits}: a worker holds the whole model, at most one per device"
+
+
+def _memory_to_repair(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> dict[str, object]:
+    """What solving the widest site of a sequential repair takes, if all of its units stay."""
+    if config.prune.repair != "sequential":
+        return {}
+    signals, outputs = widest_site(family, model_config, config.prune.parts), int(model_config["hidden_size"])
+    return {"memory.repair": f"{in_units(solver_bytes(signals, outputs))}: one worker at a time solves a site"}
 
 
 def _at_best(config: RunConfig, work: Workload, workers: int) -> float:

@@ -24,7 +24,7 @@ from cria_dist.records import Site
 from cria_dist.stages import boundary, memory
 from cria_dist.stages.gram import add_products, gram_of
 from cria_dist.stages.repair import is_repaired
-from cria_dist.stages.repair_steps import Advance, Observe, SequentialTask, Solve, Step
+from cria_dist.stages.repair_steps import Advance, Observe, SequentialTask, Solve, Step, solver_bytes
 from cria_dist.stages.sample import Batch, sample_of
 from cria_dist.store import sealed
 from cria_dist.store.names import Slice
@@ -164,10 +164,9 @@ class SequentialRepairer:
 
 
 def _library(signals: int, outputs: int) -> arrays.Library:
-    """The device's, where it has room for some of each matrix in doubles beside the layer; else NumPy."""
-    needed = 8 * (6 * signals**2 + 6 * signals * outputs)
+    """The device's, where a solve takes less than half of it and leaves the rest to the layer; else NumPy."""
     library = arrays.choose()[0]
-    return library if library == "cupy" and needed < memory.measure(1) / 2 else "numpy"
+    return library if library == "cupy" and solver_bytes(signals, outputs) < memory.measure(1) / 2 else "numpy"
 
 
 class _Behind:

@@ -143,3 +143,8 @@ def _reached(task: SequentialTask, layer: int, shards: int) -> list[int]:
     whole, left = (boundary.stored(stream) for stream in task.streams)
     there = whole & left
     return [max((at for at, one in there if one == shard and at <= layer), default=0) for shard in range(shards)]
+
+
+def solver_bytes(signals: int, outputs: int) -> int:
+    """Peak of solving a site, doubles: both parts of the sums, their total, what is factored, and what comes of it."""
+    return 8 * (6 * signals**2 + 7 * signals * outputs)

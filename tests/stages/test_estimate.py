@@ -80,6 +80,7 @@ def test_a_sequential_repair_by_hand(run_config: RunConfigMaker, tmp_path: Path)
     config = config.model_copy(update={"prune": config.prune.model_copy(update={"repair": "sequential"})})
     found = estimate(config)
     assert found["storage_bytes.repair"] == 4 * TOKENS * 4096 * 2 + 16 * 4 * 11008 * (11008 + 4096)
+    assert str(found["memory.repair"]).startswith("8.34 GB: one worker")  # 8 x 11008 x (6 x 11008 + 7 x 4096)
     forward, moments, repair = (int(str(found[f"{name}_flop"])) for name in ("forward", "moments", "repair"))
     assert repair == 3 * forward + moments + TOKENS * 32 * 2 * 11008 * 4096
     seconds = float(str(found["seconds"])), float(str(found["seconds.repair"]))

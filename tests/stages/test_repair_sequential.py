@@ -1,5 +1,6 @@
 """The sequential repair against least squares on what whole models compute, and its steps when some are done."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cria_dist.errors import DataError, NumericError
+from cria_dist.maths.repair import Products, refit
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.blocks import Block
 from cria_dist.models.family import family_of
@@ -18,7 +20,7 @@ from cria_dist.models.twin import TwinLayer
 from cria_dist.records import Site
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
 from cria_dist.stages.repair_sequential import SequentialRepairer
-from cria_dist.stages.repair_steps import Advance, Observe, SequentialTask, Solve, Step, steps
+from cria_dist.stages.repair_steps import Advance, Observe, SequentialTask, Solve, Step, solver_bytes, steps
 from cria_dist.store.recording import Recording
 from cria_dist.store.storage import LocalStorage
 
@@ -203,3 +205,16 @@ def test_the_whole_model_runs_once_past_every_look(task: SequentialTask, monkeyp
         (1, False): batches,
         (1, True): batches,
     }
+
+
+@pytest.mark.parametrize(("size", "outputs"), [(700, 40), (300, 600)])
+def test_a_solve_takes_no_more_than_it_is_said_to(size: int, outputs: int) -> None:
+    rng = np.random.default_rng(0)
+    rows, target = rng.normal(size=(4, 2 * size, size)), rng.normal(size=(4, 2 * size, outputs))
+    start = rng.normal(size=(outputs, size))
+    tracemalloc.start()
+    sums = [Products(one.T @ one, one.T @ goal) for one, goal in zip(rows[:2], target[:2], strict=True)]
+    refit(start, *sums, 1e-4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.7 * solver_bytes(size, outputs) < peak < solver_bytes(size, outputs)
