@@ -42,6 +42,14 @@ def limit_memory(share: float) -> None:
         cupy.get_default_memory_pool().set_limit(fraction=share)
 
 
+def free_memory() -> None:
+    """Give back what CuPy keeps in this process for later arrays."""
+    if choose()[0] == "cupy":
+        import cupy  # pyright: ignore[reportMissingImports]  (only reached when choose() found it)
+
+        cupy.get_default_memory_pool().free_all_blocks()
+
+
 def to_device(x: Array, library: Library) -> Array:
     """Move a NumPy array to the chosen library."""
     if library == "numpy":

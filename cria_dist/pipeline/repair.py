@@ -50,8 +50,10 @@ def _each_by_itself(context: Context, name: str, task: repair.RepairTask) -> Non
 
 
 def _in_sequence(context: Context, name: str, task: SequentialTask) -> None:
+    task.clear_others()
     left = steps(task, num_shards(context.job.config))
     if not left:
+        task.clear()  # if an interrupted run did not come to it
         context.progress.note(f"{name}: complete, {len(task.sites)} sites")
         return
     make = functools.partial(SequentialRepairer, task)

@@ -128,10 +128,10 @@ class Crew(Generic[Item]):
         """How long it has been trying to start; 0 once it is ready."""
         return 0.0 if self.is_ready else time.monotonic() - self._since
 
-    def start(self, stage: int, make_worker: MakeWorker, item: Item) -> None:
-        """Send an item to every process."""
+    def start(self, stage: int, made_by: Any, item: Item) -> None:
+        """Send an item to every process, and the reference to what makes its worker."""
         self.item = item
-        self.pending = [host.run.remote(stage, make_worker, item) for host in self._hosts]
+        self.pending = [host.run.remote(stage, made_by, item) for host in self._hosts]
         self._answer_of_first = self.pending[0]
 
     def receive(self, answer: Any) -> Done | Lost | None:

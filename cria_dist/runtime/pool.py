@@ -65,9 +65,10 @@ class RayPool:
         crews = self._crew_up(shape, min(workers or places, len(items), max(places // flow.ranks, 1)))
         backlog = Backlog(items, flow, len(crews))
         meter = Meter()
+        made_by = ray.put(make_worker)  # once, not with every item: what is kept of a large model is megabytes
         try:
             while backlog.unfinished:
-                self._hand_out(crews, backlog, make_worker)
+                self._hand_out(crews, backlog, made_by)
                 meter.depth(backlog.waiting)
                 for number, answer in _answers(crews):
                     crew = crews[number]
@@ -102,11 +103,11 @@ class RayPool:
             self._crews.append(Crew(shape))
         return self._crews[:count]
 
-    def _hand_out(self, crews: list[Crew[Any]], backlog: Backlog[Any], make_worker: Callable[[], Any]) -> None:
+    def _hand_out(self, crews: list[Crew[Any]], backlog: Backlog[Any], made_by: Any) -> None:
         absent = {number for number, crew in enumerate(crews) if crew.seconds_without_a_process > START_SECONDS}
         for number, crew in enumerate(crews):
             if crew.is_idle and (item := backlog.take(number, absent)) is not None:
-                crew.start(self._stage, make_worker, item)
+                crew.start(self._stage, made_by, item)
         if absent and not backlog.is_backing_off and all(crew.item is None for crew in crews):
             raise WorkerError("workers", f"none started in {START_SECONDS:g} s; {needs_and_nodes(crews[0].shape)}")
 

@@ -7,6 +7,7 @@ Shapes: S sequences, T tokens, D hidden.
 
 import torch
 
+from cria_dist.stages.sample import Batch
 from cria_dist.store import sealed
 from cria_dist.store.recording import Recording
 
@@ -38,10 +39,39 @@ def delete_all(recording: Recording) -> None:
         recording.storage.delete(name)
 
 
+def is_stored(recording: Recording, layer: int, shard: int) -> bool:
+    """Whether the hidden states before ``layer`` are there."""
+    name = _name(recording, layer, shard)
+    return name in recording.storage.sizes(name.rpartition("/")[0])
+
+
 def stored(recording: Recording) -> set[tuple[int, int]]:
     """The (layer, shard) pairs whose hidden states are there."""
     names = [name.split("/")[-2:] for name in recording.storage.sizes(_folder(recording))]
     return {(int(layer.removeprefix("layer-")), _shard(file)) for layer, file in names}
+
+
+class Behind:
+    """Hidden states behind a layer, put together from batches.
+
+    Args:
+        sequences: how many of them.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences = sequences
+        self._values: torch.Tensor | None = None
+
+    def put(self, part: Batch, hidden: torch.Tensor) -> None:
+        """Add a batch."""
+        if self._values is None:  # the first batch has the longest sequences
+            self._values = torch.zeros(self._sequences, *hidden.shape[1:], dtype=hidden.dtype)
+        part.put(self._values, hidden.cpu())
+
+    def write(self, recording: Recording, layer: int, shard: int) -> None:
+        """Store them as those before ``layer``."""
+        if self._values is not None:
+            write(recording, layer, shard, self._values)
 
 
 def _folder(recording: Recording) -> str:

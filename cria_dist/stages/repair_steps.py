@@ -60,6 +60,14 @@ class SequentialTask:
         for name in self.sums.sizes(site.key):
             self.sums.delete(name)
 
+    def clear_others(self) -> None:
+        """Remove what a repair of another plan needed on its way and left when it was interrupted."""
+        passing = (self.folder / "streams" / name / boundary.FOLDER for name in ("whole", "left"))
+        for folder in (self.folder / "sums", *passing):
+            for one in folder.glob("*"):
+                if one.name != self.digest[:16]:
+                    shutil.rmtree(one, ignore_errors=True)
+
     def clear(self) -> None:
         """Remove what was needed on the way."""
         for name in ("streams", "sums"):
@@ -131,7 +139,10 @@ def steps(task: SequentialTask, shards: int) -> dict[Step, tuple[Step, ...]]:
             looks = [Observe(site, shard) for shard in range(shards) if task.is_changed(site)]
             looks = [look for look in looks if look.name not in observed]
             found |= {look: before[look.shard] for look in looks}
-            found[Solve(site)] = tuple(looks)
+            seen = {look.shard for look in looks}
+            # of shards that nobody looks at as well: what comes next waits for this step alone
+            rest = dict.fromkeys(step for shard, waits in before.items() if shard not in seen for step in waits)
+            found[Solve(site)] = (*looks, *rest)
             before = dict.fromkeys(before, (Solve(site),))
         for shard in range(shards if layer < last else 0):
             advance(layer, shard)

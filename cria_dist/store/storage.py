@@ -1,7 +1,9 @@
 """Where a recording lies: a local or shared folder, or an object store. Whole objects or none, on both."""
 
 import os
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -89,8 +91,12 @@ class LocalStorage:
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """See :meth:`Storage.sizes`."""
-        paths = (self.folder / prefix).rglob("[!.]*")
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths if path.is_file()}
+        found: dict[str, int] = {}
+        for path in (self.folder / prefix).rglob("[!.]*"):
+            with suppress(FileNotFoundError):  # deleted by another process since it was listed
+                if stat.S_ISREG((facts := path.stat()).st_mode):
+                    found[path.relative_to(self.folder).as_posix()] = facts.st_size
+        return found
 
     def delete(self, name: str) -> None:
         """See :meth:`Storage.delete`."""

@@ -44,12 +44,17 @@ def test_plan_does_not_depend_on_the_workers(
 
 @pytest.mark.usefixtures("session")
 def test_a_sequential_repair_does_not_depend_on_the_workers(
-    run_config: Callable[..., Any], make_context: Callable[..., Any], tmp_path: Path
+    run_config: Callable[..., Any], make_context: Callable[..., Any], make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Many steps that wait for each other; the weights are those of one process, to the bit."""
+    """Many steps that wait for each other, also past a layer that keeps its units; the weights are those of one
+    process, to the bit.
+    """
+    model = make_model(tmp_path / "model", num_hidden_layers=4)
     found = []
     for name, pool in (("here", None), ("there", RayPool(2))):
-        config = run_config(tmp_path / name, prune={"repair": "sequential"}, method={"name": "wanda"})
+        prune_config = {"repair": "sequential", "allocation": "global", "protect": [1]}
+        changes = {"model": {"path": str(model)}, "prune": prune_config, "method": {"name": "wanda"}}
+        config = run_config(tmp_path / name, **changes)
         context = make_context(config, pool)
         prune(context, until="apply")
         context.pool.release()

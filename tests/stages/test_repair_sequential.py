@@ -1,7 +1,8 @@
 """The sequential repair against least squares on what whole models compute, and its steps when some are done."""
 
+import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cria_dist.errors import DataError, NumericError
+from cria_dist.errors import ConfigError, DataError, NumericError
 from cria_dist.maths.repair import Products, refit
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.blocks import Block
 from cria_dist.models.family import family_of
 from cria_dist.models.twin import TwinLayer
 from cria_dist.records import Site
+from cria_dist.stages import repair_sequential
 from cria_dist.stages.record import Recorder, RecordTask, ShardWork
 from cria_dist.stages.repair_sequential import SequentialRepairer
 from cria_dist.stages.repair_steps import Advance, Observe, SequentialTask, Solve, Step, solver_bytes, steps
+from cria_dist.store import sealed
 from cria_dist.store.recording import Recording
 from cria_dist.store.storage import LocalStorage
 
@@ -136,7 +139,7 @@ def test_the_steps_and_what_they_wait_for(task: SequentialTask) -> None:
     assert found[Solve(heads)] == tuple(Observe(heads, shard) for shard in range(SHARDS))
     assert found[Observe(neurons, 2)] == (Solve(heads),)
     assert found[Advance(0, 1)] == (Solve(neurons),)
-    assert found[Solve(SITES[2])] == (), "its weights stay, there is nothing to wait for"
+    assert found[Solve(SITES[2])] == tuple(Advance(0, shard) for shard in range(SHARDS)), "though its weights stay"
     assert found[Observe(SITES[3], 0)] == (Solve(SITES[2]),)
     order = {step: number for number, step in enumerate(found)}
     assert all(order[before] < order[step] for step, waits in found.items() for before in waits)
@@ -218,3 +221,93 @@ def test_a_solve_takes_no_more_than_it_is_said_to(size: int, outputs: int) -> No
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.7 * solver_bytes(size, outputs) < peak < solver_bytes(size, outputs)
+
+
+def waited_for(found: Mapping[Step, tuple[Step, ...]], step: Step) -> set[Step]:
+    """All that is surely done when a step starts, whoever does it."""
+    return {one for before in found[step] for one in (before, *waited_for(found, before))}
+
+
+@pytest.mark.parametrize("done", [0, 2, 5, 11])
+@pytest.mark.parametrize("unchanged", [(), (0,), (1,), (2,), (3,), (0, 2), (1, 2), (0, 1), (2, 3)])
+def test_no_step_starts_before_all_that_it_reads(task: SequentialTask, unchanged: tuple[int, ...], done: int) -> None:
+    """Also where sites keep all their units, and where some sums are there and hidden states are not."""
+    kept = {site.key: tuple(range(WIDTHS[site.key] - (number not in unchanged))) for number, site in enumerate(SITES)}
+    task = replace(task, kept=kept)
+    for step in list(steps(task, SHARDS))[:done]:
+        if isinstance(step, Observe):
+            sealed.write(task.sums, step.name, {"gram": torch.zeros(1)})
+    found = steps(task, SHARDS)
+    for step in found:
+        before = waited_for(found, step)
+        site = step.site if isinstance(step, Observe | Solve) else Site(step.layer + 1, "")
+        assert {Solve(one) for one in SITES if one < site} <= before, step
+        if not isinstance(step, Solve) and site.layer > isinstance(step, Advance):
+            assert Advance(0, step.shard) in before, step
+
+
+def test_what_is_solved_is_waited_for_and_its_absence_is_no_default(
+    task: SequentialTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another node may have solved it, and a network file system may not show it yet."""
+    carry_out(task, list(steps(task, SHARDS))[: SHARDS + 1])
+    path = task.folder / f"{SITES[0].key}.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    monkeypatch.setattr(repair_sequential, "PATIENCE", 0.5)
+    with pytest.raises(DataError, match=r"layer-000\.attention\.safetensors is not there"):
+        SequentialRepairer(task)(Observe(SITES[1], 0))
+    monkeypatch.setattr(repair_sequential, "PATIENCE", 60.0)
+    threading.Timer(0.3, path.write_bytes, [content]).start()
+    SequentialRepairer(task)(Observe(SITES[1], 0))
+    assert Observe(SITES[1], 0).name in task.sums.sizes("")
+
+
+def test_a_gpu_without_memory_gets_smaller_batches(task: SequentialTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    carry_out(task)
+    expected, run = solved(task), TwinLayer.run
+
+    def small(twin: TwinLayer, values: torch.Tensor, pruned: bool = False, site: Site | None = None) -> Any:
+        if len(values) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(twin, values, pruned, site)
+
+    monkeypatch.setattr(TwinLayer, "run", small)
+    room, again = 3, replace(task, folder=task.folder / "again")
+    carry_out(again)
+    assert all(torch.allclose(one, solved(again)[name], atol=1e-3) for name, one in expected.items())
+    room = 0
+    with pytest.raises(ConfigError, match=r"shard 0: out of GPU memory; set prune\.repair=least_squares"):
+        carry_out(replace(task, folder=task.folder / "never"))
+
+
+def test_few_sequences_are_not_held_out_alone(task: SequentialTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 34 sequences in shards of 16 the last two are no test of the ridge."""
+    tokens = task.record.tokens_path.with_name("fewer.npy")
+    np.save(tokens, np.load(task.record.tokens_path)[:34])
+    short = replace(task, record=replace(task.record, tokens_path=tokens))
+    fitted: list[float] = []
+
+    def noted(start: Any, given: Products, held_out: Products, ridge: float) -> Any:
+        fitted.append(given.gram_SS[-1, -1])  # of the bias' column: tokens
+        return refit(start, given, held_out, ridge)
+
+    monkeypatch.setattr(repair_sequential, "refit", noted)
+    for number, one in enumerate((task, short)):
+        one = replace(one, folder=one.folder / str(number))
+        carry_out(one, list(steps(one, SHARDS))[: 2 * SHARDS + 2])
+    assert fitted[1::2] == [2 * SHARD * LENGTH, SHARD * LENGTH]
+
+
+def test_an_interrupted_repair_of_another_plan_leaves_nothing(task: SequentialTask) -> None:
+    other = replace(task, digest="d2" * 32)
+    for one in (task, other):
+        carry_out(one, list(steps(one, SHARDS))[: 3 * SHARDS + 2])
+
+    def left(digest: str) -> list[Path]:
+        return [path for path in task.folder.rglob("*.safetensors") if digest[:16] in path.parts]
+
+    theirs, ours = left(task.digest), left(other.digest)
+    assert len(theirs) == len(ours) == 4 * SHARDS, "sums of two sites, hidden states of both models"
+    other.clear_others()
+    assert (left(task.digest), left(other.digest)) == ([], ours)

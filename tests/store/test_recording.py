@@ -270,3 +270,10 @@ def test_an_error_that_is_not_a_vanished_neighbour_is_told(
     monkeypatch.setattr(files, "link", fail)
     with pytest.raises(OSError, match="No space left on device"):
         adopt(empty(tmp_path / "run-b" / "round-00"), tmp_path)
+
+
+def test_a_listing_passes_over_what_is_deleted_meanwhile(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write("folder/there", b"four")
+    (tmp_path / "folder" / "gone").symlink_to(tmp_path / "nowhere")  # listed, and not there when it is asked for
+    assert storage.sizes("folder") == {"folder/there": 4}
