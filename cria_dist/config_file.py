@@ -56,7 +56,9 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(value)
+    if not isinstance(value, str | int | float):
+        raise ConfigError(f"sweep: {value!r} is a {type(value).__name__}, which no key takes; quote it")
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _valid(section: type[SectionT], tree: Any, *place: str) -> SectionT:

@@ -15,7 +15,7 @@ RUN pip install --no-cache-dir --constraint constraints.txt \
 COPY --chown=ray:users pyproject.toml README.md LICENSE ./
 COPY --chown=ray:users cria_dist ./cria_dist
 COPY --chown=ray:users jobs ./jobs
-RUN pip install --no-cache-dir --constraint constraints.txt . && python -m cria_dist --help
+RUN pip install --no-cache-dir --constraint constraints.txt '.[sweep,lora]' && python -m cria_dist --help
 
 ENV RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \

@@ -107,6 +107,7 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
         ("method.neighbours=0", r"^method\.neighbours=0: .*greater than or equal to 1"),
         ("method.name=best", r"^method=.*'cria'.*'random'.*'magnitude'"),
         ("seed=-1", r"^seed=-1: "),
+        ("seed=20260101120000", r"^seed=20260101120000: "),
         ("recover.workers=3", r"recover\.batch_sequences=8 is not a multiple of recover\.workers=3; choose a multiple"),
         ("name=a/b", r'^name="a/b": a name starts with a letter or digit'),
         ("recover.learning_rate=inf", r"^recover\.learning_rate="),

@@ -57,7 +57,7 @@ class RunConfig(Section):
 
     name: str = "run"
     """Name of the run; letters, digits, dot, dash and underscore."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of token sampling, of the random method and of the recovery's data order."""
     model: ModelConfig
     data: DataConfig = DataConfig()

@@ -7,8 +7,17 @@ from pydantic import Field, ValidationError, model_validator
 
 from cria_dist.config.section import Section
 
-BUDGET = ("prune.ratio", "prune.budget")
-"""Keys that say how much is to leave. Less pruned is less lost, so only trials that agree on them are compared."""
+ALIKE = (
+    "prune.ratio",
+    "prune.budget",
+    "prune.latency",
+    "model",
+    "data.test",
+    "data.test_sequences",
+    "data.sequence_length",
+)
+"""Keys that say of what model how much is to leave, and what it is scored on: only trials that agree on them are
+compared by what they lose."""
 
 
 class Range(Section):
@@ -77,8 +86,11 @@ class SweepConfig(Section):
         for key, values in self._readable_choices().items():
             if not isinstance(values, Range):
                 _check_list(f"sweep.space.{key}", values)
-            if key in BUDGET:
-                raise ValueError(f"sweep.space.{key} would compare models of different sizes; put it into sweep.grid")
+            if any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in ALIKE):
+                raise ValueError(
+                    f"sweep.space.{key} would compare models of different sizes, or by different texts; put it into "
+                    "sweep.grid"
+                )
             if key in self.axes:
                 raise ValueError(f"{key} is in sweep.grid and in sweep.space; leave it in one of them")
         if (self.search == "optuna") != bool(self.space):

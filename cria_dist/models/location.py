@@ -25,16 +25,22 @@ def locate(path: str, revision: str | None, weights: bool = True) -> Path:
     Raises:
         ConfigError: it does not exist or has no safetensors weights.
     """
-    builtin = resolve_builtin(path)
+    builtin, directory = resolve_builtin(path), Path(path).expanduser()
+    if revision is not None and (builtin is not None or directory.is_dir()):
+        raise ConfigError(f"model.revision={revision!r} is for models of the hub; leave it out for {path}")
     if builtin is not None:
         return builtin
-    directory = Path(path).expanduser()
     if not directory.is_dir():
         directory = _download(path, revision, FILES if weights else ["config.json"])
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model.path={path!r} has no config.json; give a directory in transformers format")
-    if not weights:
-        return directory.resolve()
+    if weights:
+        _check_weights(path, directory)
+    return directory.resolve()
+
+
+def _check_weights(path: str, directory: Path) -> None:
+    """All files that belong to the model are there, and no others."""
     if not (directory / WEIGHTS).is_file() and not (directory / INDEX).is_file():
         raise ConfigError(
             f"model.path={path!r} has no {WEIGHTS}; convert it with model.save_pretrained(..., safe_serialization=True)"
@@ -48,7 +54,6 @@ def locate(path: str, revision: str | None, weights: bool = True) -> Path:
         raise ConfigError(
             f"model.path={path!r} lacks {missing[0]}, which its index names; take a whole copy of the model"
         )
-    return directory.resolve()
 
 
 def _download(path: str, revision: str | None, patterns: list[str]) -> Path:

@@ -10,6 +10,8 @@ import shlex
 import stat
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from cria_dist.errors import ConfigError, WorkerError
 log = logging.getLogger(__name__)
 
 TOKEN_FILE = Path(".ray") / "auth_token"
+ADDRESS = "RAY_API_SERVER_ADDRESS"
 RECONNECT_SECONDS = 2.0
 AGENT_SECONDS = 60.0
 CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
@@ -94,7 +97,8 @@ def connect(address: str) -> JobSubmissionClient:
     """
     headers = {"Authorization": f"Bearer {read_token()}"}
     try:
-        return JobSubmissionClient(address, headers=headers)
+        with _named(address):
+            return JobSubmissionClient(address, headers=headers)
     except AuthenticationError as error:
         raise ConfigError(
             f"the cluster at {address} refuses the token ({str(error).splitlines()[0]}); set RAY_AUTH_TOKEN or "
@@ -104,6 +108,20 @@ def connect(address: str) -> JobSubmissionClient:
         raise ConfigError(
             f"no Ray dashboard at {address} ({error}); give --address, and forward its port if the cluster is elsewhere"
         ) from error
+
+
+@contextmanager
+def _named(address: str) -> Generator[None]:
+    """Name the cluster where Ray looks before it looks at what it is given."""
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADDRESS]
+        else:
+            os.environ[ADDRESS] = before
 
 
 def read_token() -> str:

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from cria_dist import locks
-from cria_dist.errors import ConfigError, WorkerError
+from cria_dist.errors import ConfigError, CriaError, WorkerError
 from cria_dist.pipeline import Context, latency, prune
 from cria_dist.pool import LocalPool
 from cria_dist.records import Stage
@@ -61,7 +61,7 @@ def run(sweep: Sweep) -> list[Row]:
         ConfigError: a trial cannot be carried out, or the cluster is too small for so many at the same time.
         WorkerError: trials failed; the others are finished.
     """
-    models = {prepare(trial.config).model_dir for trial in sweep.trials}
+    models = {prepare(trial.config).model_dir for trial in (*sweep.trials, *sweep.corners)}
     with locks.alone(sweep.folder), ray_session(sweep.base) as workers:
         for model_dir in models:
             check_shared(model_dir, sweep.folder)  # the runs lie beside it
@@ -71,7 +71,7 @@ def run(sweep: Sweep) -> list[Row]:
 def carry_out(sweep: Sweep, workers: int) -> list[Row]:
     """:func:`run` inside a session with so many workers."""
     gpus = gpus_per_worker(sweep.base)
-    _check_room(sweep, "GPU" if gpus else "CPU")
+    _check_room(sweep, workers, "GPU" if gpus else "CPU")
     everything, share = Share(sweep, workers, gpus), Share(sweep, max(workers // sweep.concurrency, 1), gpus)
     progress = Progress(sweep.folder, interactive=False)  # the runs have displays of their own
     progress.note(f"sweep folder {sweep.folder}: {sweep.count} trials, {sweep.concurrency} at a time")
@@ -80,10 +80,10 @@ def carry_out(sweep: Sweep, workers: int) -> list[Row]:
         _share_scores(sweep, everything, progress)
         _share_times(sweep, everything, progress)
         tried = trials.carry_out(sweep, share.context, progress)
-        rows = _measure(tried.trials, everything, progress)
+        rows, failures = _measure(tried.trials, everything, progress)
         sweep_results.write(rows, sweep.folder)
-        if tried.failures:
-            raise WorkerError("sweep", "; ".join(f"trial {label}: {why}" for label, why in tried.failures.items()))
+        if failures := {**tried.failures, **failures}:
+            raise WorkerError("sweep", "; ".join(f"trial {label}: {why}" for label, why in failures.items()))
         state = "done"
         return rows
     finally:
@@ -91,13 +91,17 @@ def carry_out(sweep: Sweep, workers: int) -> list[Row]:
 
 
 def _share_scores(sweep: Sweep, share: Share, progress: Progress) -> None:
-    """Record and score once what several trials read; they take it over."""
+    """Record and score once what several trials read; they take it over. What fails here fails again in its trials."""
     distinct = {trial.score_key: trial for trial in reversed(sweep.trials)}
     with progress.stage("record and analyse", total=len(distinct), unit="methods") as bar:
         for trial in reversed(distinct.values()):
-            context = share.context(trial, "analyse")
-            prune(context, trial.command, "analyse")
-            context.pool.release()
+            with locks.alone(trial.folder):
+                context = share.context(trial, "analyse")
+                try:
+                    prune(context, trial.command, "analyse")
+                except CriaError as error:
+                    progress.note(f"trial {trial.label}: {error}")
+                context.pool.release()
             bar.advance()
 
 
@@ -107,37 +111,53 @@ def _share_times(sweep: Sweep, share: Share, progress: Progress) -> None:
         return
     with progress.stage("measure latency", total=len(sweep.timed), unit="trials") as bar:
         for trial in sweep.timed:
-            context = share.context(trial, "decide")
-            latency.table(context)
-            context.pool.release()
+            with locks.alone(trial.folder):
+                context = share.context(trial, "decide")
+                latency.table(context)
+                context.pool.release()
             bar.advance()
 
 
-def _measure(finished: Sequence[Trial], share: Share, progress: Progress) -> list[Row]:
-    """Finish every run: latency, loading test, report."""
-    rows: list[Row] = []
+def _measure(finished: Sequence[Trial], share: Share, progress: Progress) -> tuple[list[Row], dict[str, str]]:
+    """Finish every run: latency, loading test, report; the rows, and why others have none, by label."""
+    rows, failures = list[Row](), dict[str, str]()
     with progress.stage("measure", total=len(finished), unit="trials") as bar:
         for trial in finished:
-            context = share.context(trial)
-            report = prune(context, trial.command)
-            context.pool.release()
-            context.progress.close()
-            if report is None:
-                raise TypeError("a run that is not told to stop ends with a report")
-            rows.append(row(trial.label, trial.command, context.job.folder, report, context.stopped))
-            if rows[-1].stopped:
-                progress.note(f"{rows[-1].stopped}; to go on: {trial.command}")
+            try:
+                with locks.alone(trial.folder):
+                    rows.append(_finish(trial, share.context(trial)))
+            except CriaError as error:
+                failures[trial.label] = str(error)
+            else:
+                if rows[-1].stopped:
+                    progress.note(f"{rows[-1].stopped}; to go on: {trial.command}")
             bar.advance()
-    return rows
+    return rows, failures
 
 
-def _check_room(sweep: Sweep, kind: str) -> None:
-    """Training workers of all trials at a time must find a place; Ray Train would wait for it."""
+def _finish(trial: Trial, context: Context) -> Row:
+    try:
+        report = prune(context, trial.command)
+    finally:
+        context.pool.release()
+        context.progress.close()
+    if report is None:
+        raise TypeError("a run that is not told to stop ends with a report")
+    return row(trial.label, trial.command, context.job.folder, report, context.stopped)
+
+
+def _check_room(sweep: Sweep, workers: int, kind: str) -> None:
+    """Workers of all trials at a time must find a place; they, and Ray Train's, would wait for it."""
     if sweep.base.run.pool == "local" or grows(sweep.base):
         return
+    if sweep.concurrency > workers:
+        raise ConfigError(
+            f"sweep.concurrency={sweep.concurrency} is more than there are workers ({workers}), and every trial needs "
+            "one; lower sweep.concurrency"
+        )
     each = [
         trial.config.training_workers * (trial.config.recover.gpus_per_worker if kind == "GPU" else 1)
-        for trial in sweep.trials
+        for trial in (*sweep.trials, *sweep.corners)
     ]
     needed = sweep.concurrency * max(each)
     there = int(ray.cluster_resources().get(kind, 0))

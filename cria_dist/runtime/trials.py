@@ -6,6 +6,7 @@ and one that others could have written to is refused.
 
 import math
 import os
+import secrets
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -84,27 +85,34 @@ def carry_out(sweep: Sweep, make_context: MakeContext, progress: Progress) -> Tr
 def _results(
     sweep: Sweep, experiment: Experiment, make_context: MakeContext
 ) -> Generator[tuple[Mapping[str, Any], object]]:
-    """What Tune chose, and why it failed if it did."""
-    outcomes, chosen = sweep.folder / "trials", experiment.trial
+    """What Tune chose, and why it failed if it did.
+
+    To Tune a trial with an error of ours is over; one that failed when the sweep was carried out before is tried again
+    here.
+    """
+    outcomes, chosen, attempt = sweep.folder / "trials", experiment.trial, secrets.token_hex(8)
 
     def trial(config: dict[str, Any]) -> dict[str, Any]:
-        return _run(chosen(config), make_context, outcomes)
+        return _run(chosen(config), make_context, outcomes, attempt)
 
     for one in _tuner(sweep, experiment, tune.with_resources(trial, TRIAL_RESOURCES)).fit():
-        yield one.config or {}, one.error or (one.metrics or {}).get("error")
+        config, outcome = one.config or {}, one.metrics or {}
+        if one.error is None and "error" in outcome and outcome.get("attempt") != attempt:
+            outcome = trial(config)
+        yield config, one.error or outcome.get("error")
 
 
-def _run(trial: Trial, make_context: MakeContext, outcomes: Path) -> dict[str, Any]:
+def _run(trial: Trial, make_context: MakeContext, outcomes: Path, attempt: str) -> dict[str, Any]:
     """One trial in its process. An error of ours would come again, so Tune is not to try again."""
     path = outcomes / f"{trial.folder.name}.json"
     # a search may choose a trial twice
     with locks.in_turn(path.with_suffix(".lock")):
         if path.is_file() and "error" not in (there := files.read_json(path)):
             return there  # done, but the driver died before Tune wrote that down, or chosen again by a search
-        return _try(trial, make_context, path)
+        return _try(trial, make_context, path, attempt)
 
 
-def _try(trial: Trial, make_context: MakeContext, path: Path) -> dict[str, Any]:
+def _try(trial: Trial, make_context: MakeContext, path: Path, attempt: str) -> dict[str, Any]:
     try:
         with locks.alone(trial.folder):
             context = make_context(trial)
@@ -112,14 +120,17 @@ def _try(trial: Trial, make_context: MakeContext, path: Path) -> dict[str, Any]:
             context.pool.release()
         outcome: dict[str, Any] = {"loss": loss(evaluations[-1]), "parameters": evaluations[-1].parameters}
     except CriaError as error:
-        outcome = {"error": str(error)}
+        outcome = {"error": str(error), "attempt": attempt}
     files.write_json(path, outcome)
     return {"loss": math.nan, **outcome}
 
 
 def _tuner(sweep: Sweep, experiment: Experiment, trainable: Any) -> tune.Tuner:
-    """A new one, or the one that was interrupted."""
-    folder = sweep.folder / experiment.name
+    """A new one, or the one that was interrupted, which keeps its concurrency: another one is a new one.
+
+    A new one finds what is finished, too: in ``trials``.
+    """
+    folder = sweep.folder / f"{experiment.name}-{sweep.concurrency}"
     if tune.Tuner.can_restore(str(folder)):
         _check_private(folder)
         return tune.Tuner.restore(str(folder), trainable, resume_unfinished=True, restart_errored=True)

@@ -53,11 +53,8 @@ AFTER_SCORING = ("prune", "recover", "evaluate")
 """Sections that recording and scoring do not read, but for what is pruned."""
 
 
-TIMED = (
-    *("model", "model.dtype", "data", "data.sequence_length"),
-    *("prune", "prune.units", "prune.multiple", "prune.latency"),
-)
-"""Keys that say which times a budget of latency is counted in."""
+TIMED = ("prune.units", "prune.multiple")
+"""Keys of a space that say which times a budget of latency is counted in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +88,11 @@ class Search:
     def example(self) -> Trial:
         """The first value of everything."""
         return self.trial({key: _ends(choice)[0] for key, choice in self.choices.items()})
+
+    @property
+    def counts_units(self) -> bool:
+        """Whether the budget is a share of whatever units there are."""
+        return self.example.config.prune.budget == "units"
 
     def corners(self) -> list[Trial]:
         """Trials with every value of a list and both ends of a range, the other keys as in the example.
@@ -142,6 +144,7 @@ class Sweep:
         searches: one per combination, where trials are searched for.
         rungs: grace steps and reduction factor, where trials are stopped early.
         timed: trials whose budget is time; of a search one for every table of times.
+        corners: of searches, trials with each of the values there are to choose.
     """
 
     base: RunConfig
@@ -150,6 +153,7 @@ class Sweep:
     searches: tuple[Search, ...] = ()
     rungs: tuple[int, int] | None = None
     timed: tuple[Trial, ...] = ()
+    corners: tuple[Trial, ...] = ()
 
     @property
     def count(self) -> int:
@@ -189,6 +193,11 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
     points = list(itertools.product(*choices))
     searches = _searches(path, overrides, points, settings) if settings.space else ()
     corners = [trial for search in searches for trial in search.corners()]
+    if of_units := [one for one in searches if "prune.units" in one.choices and one.counts_units]:
+        raise ConfigError(
+            f"sweep.space.prune.units with prune.ratio={of_units[0].example.config.prune.ratio:g} of the units would "
+            "compare models of different sizes; set prune.budget=parameters, or put it into sweep.grid"
+        )
     trials = tuple(search.example for search in searches) or tuple(_trial(path, overrides, own) for own in points)
     twice = [folder for folder, count in Counter(trial.folder for trial in trials).items() if count > 1]
     if twice:
@@ -197,7 +206,7 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
     rungs = halving.rungs(settings, [(trial.label, trial.config) for trial in corners or trials], bool(searches))
     asked = [trial for search in searches for trial in search.timed()] if searches else trials
     timed = tuple(trial for trial in asked if trial.config.prune.budget == "latency")
-    return Sweep(base, trials, settings.concurrency, searches, rungs, timed)
+    return Sweep(base, trials, settings.concurrency, searches, rungs, timed, tuple(corners))
 
 
 def _searches(

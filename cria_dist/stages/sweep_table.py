@@ -69,6 +69,8 @@ def _budget(config: Mapping[str, Any]) -> str:
     unit = next(one.unit for one in METHODS if one.model_fields["name"].default == name)
     kinds = [unit] if unit != "mlp" else prune["units"]
     of = f" ({', '.join(kinds)})" if prune["budget"] == "units" and kinds != ["mlp"] else ""
+    if prune["budget"] == "latency":
+        of = f" ({prune['latency']})"
     return f"{100 * prune['ratio']:.6g} % of {prune['budget']}{of}"
 
 

@@ -93,8 +93,13 @@ def test_a_typing_error_is_found(load: Callable[[str], list[dict[str, Any]]], na
     assert any(leaf in one or str(value) in one for one in found)
 
 
+UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
 def pods(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Pod specs of a cluster: (group, spec)."""
+    """Pod specs of a cluster, and of what submits to it: (group, spec)."""
+    if "rayClusterSpec" in document["spec"]:
+        yield "submitter", document["spec"]["submitterPodTemplate"]["spec"]
     spec = document["spec"].get("rayClusterSpec", document["spec"])
     yield "head", spec["headGroupSpec"]["template"]["spec"]
     for group in spec["workerGroupSpecs"]:
@@ -109,11 +114,13 @@ def test_clusters_ask_for_a_token_and_run_without_privileges(
     spec = document["spec"].get("rayClusterSpec", document["spec"])
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    if "autoscalerOptions" in spec:
+        assert spec["autoscalerOptions"]["securityContext"] == UNPRIVILEGED, "a container of the head's pod"
     for group, pod in pods(document):
         context = {"runAsNonRoot": True, "runAsUser": 1000, "fsGroup": 1000}
         assert pod["securityContext"] == {**context, "seccompProfile": {"type": "RuntimeDefault"}}, group
         [container] = pod["containers"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == UNPRIVILEGED
         assert "env" not in container, "credentials come from the workload's identity"
         assert group == "head" or pod["automountServiceAccountToken"] is False
 
@@ -125,6 +132,9 @@ def test_only_pods_of_the_cluster_reach_all_its_ports(load: Callable[[str], list
     assert policy["spec"]["policyTypes"] == ["Ingress"]
     open_to = [rule["from"] for rule in policy["spec"]["ingress"] if "ports" not in rule]
     assert open_to == [[{"podSelector": ours}]]
+    [job, operator] = policy["spec"]["ingress"][1]["from"]
+    assert job == {"podSelector": {"matchExpressions": [{"key": "batch.kubernetes.io/job-name", "operator": "Exists"}]}}
+    assert operator["podSelector"] == {"matchLabels": {"app.kubernetes.io/component": "kuberay-operator"}}
     ports = {port["port"] for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
     assert ports == {8265, 8080}
 
@@ -139,10 +149,12 @@ def test_versions_storage_and_shared_memory(
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group, pod in pods(document):
         [container] = pod["containers"]
-        kind = "cpu" if group == "head" else "gpu"
+        kind = "cpu" if group in ("head", "submitter") else "gpu"
         assert container["image"].endswith(f":{package_version}-{kind}")
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (kind == "gpu")
+        if group == "submitter":
+            continue
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
         assert (mounts["runs"], mounts["shm"]) == ("/mnt/cria", "/dev/shm")

@@ -35,6 +35,8 @@ def test_locate_finds_a_directory(pico: Path, monkeypatch: pytest.MonkeyPatch) -
     assert location.locate(str(pico), None) == pico
     monkeypatch.chdir(pico.parent)
     assert location.locate("pico", None) == pico
+    with pytest.raises(ConfigError, match=r"^model.revision='abc' is for models of the hub; leave it out for pico"):
+        location.locate("pico", "abc")
 
 
 def test_locate_finds_a_sharded_checkpoint(make_model: MakeModel, tmp_path: Path) -> None:

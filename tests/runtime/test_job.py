@@ -106,6 +106,13 @@ def test_a_user_error_on_the_cluster_is_the_exit_code_and_one_line(config: Path,
     assert ": failed (" in result.stderr.splitlines()[-1]
 
 
+def test_the_address_given_is_the_one_that_is_asked(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself would rather go where its environment says."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    assert connect(address).get_version()
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:9"
+
+
 def test_without_the_token_nothing_is_accepted(
     config: Path, address: str, client: JobSubmissionClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """Sweeps on Ray Tune: trials are the single runs, recording and scores are shared, a killed sweep goes on."""
 
+import functools
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -9,13 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 
 from cria_dist import config_file
-from cria_dist.errors import ConfigError, WorkerError
+from cria_dist.errors import ConfigError, NumericError, WorkerError
 from cria_dist.pipeline import prune, results
 from cria_dist.report.writer import report_from_json
 from cria_dist.runtime import launch, trials
@@ -67,6 +70,13 @@ def stopped(by: signal.Signals, path: Path, trials: int, *overrides: str) -> str
         driver.kill()
 
 
+def fails(which: Any, finish: Callable[..., Any], trial: Any, context: Any) -> Any:
+    """Finish a trial, but one."""
+    if trial.label == which.label:
+        raise NumericError("it cannot be measured")
+    return finish(trial, context)
+
+
 @pytest.mark.usefixtures("unverified")
 def test_trials_are_single_runs_and_a_failed_one_is_named(
     write_sweep: WriteSweep, make_context: Callable[..., Any], session: int, tmp_path: Path
@@ -96,7 +106,29 @@ def test_trials_are_single_runs_and_a_failed_one_is_named(
     [best] = (sweep.folder / "best").iterdir()
     assert (best.name, best.resolve()) == ("25-of-units", Path(one["checkpoint"]).resolve())
     assert (sweep.folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert (sweep.folder / "tune").stat().st_mode & 0o777 == 0o700
+    assert (sweep.folder / f"tune-{sweep.concurrency}").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.usefixtures("unverified")
+def test_another_attempt_tries_what_failed_and_nothing_is_lost_by_what_fails_later(
+    write_sweep: WriteSweep, session: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = plan(str(write_sweep({"recover": {"learning_rate": [1e-3, 1e30]}}, pool="local")))
+    sound, broken = sweep.trials
+    with pytest.raises(WorkerError):
+        sweeps.carry_out(sweep, session)
+    outcomes = [sweep.folder / "trials" / f"{trial.folder.name}.json" for trial in sweep.trials]
+    before = [path.read_bytes() for path in outcomes]
+    scored = json.loads(before[0])
+    evaluation = SimpleNamespace(accuracy=None, perplexity=scored["loss"], parameters=scored["parameters"])
+    monkeypatch.setattr(trials, "prune_and_score", lambda context: [evaluation])  # the reason is gone
+    monkeypatch.setattr(sweeps, "_finish", functools.partial(fails, broken, sweeps._finish))
+    with pytest.raises(WorkerError, match=f"^sweep: trial {re.escape(broken.label)}: it cannot be measured$"):
+        sweeps.carry_out(sweep, session)
+    assert [path.read_bytes() == there for path, there in zip(outcomes, before, strict=True)] == [True, False]
+    assert "error" not in json.loads(outcomes[1].read_text())
+    [one] = json.loads((sweep.folder / "sweep.json").read_text())["trials"]
+    assert one["label"] == sound.label
 
 
 @pytest.mark.slow
@@ -112,7 +144,7 @@ def test_a_killed_sweep_goes_on_with_ray_workers_and_finds_the_same(
     assert not (sweep.folder / "sweep.json").exists()
     finished = done[0].stat().st_mtime_ns
 
-    assert trials.tune.Tuner.can_restore(str(sweep.folder / "tune"))
+    assert trials.tune.Tuner.can_restore(str(sweep.folder / f"tune-{sweep.concurrency}"))
     rows = sweeps.carry_out(sweep, 1)
     assert done[0].stat().st_mtime_ns == finished, "a finished trial was run again"
     assert len(rows) == 2
@@ -170,7 +202,7 @@ def test_a_recovery_that_falls_behind_is_stopped_stays_so_and_its_command_goes_o
     protocol = report_from_json(sweep.trials[1].folder / "report.json").protocol
     assert protocol[-1].startswith(f"Recovery: {bad.stopped}; a sweep stopped it")
 
-    shutil.rmtree(sweep.folder / "tune")
+    shutil.rmtree(sweep.folder / f"tune-{sweep.concurrency}")
     shutil.rmtree(sweep.folder / "trials")  # as if the driver had died before it wrote down what it knew
     again = sweeps.carry_out(sweep, session)
     assert read_log(log_path) == before
@@ -223,13 +255,15 @@ def test_trials_that_train_on_workers_race_and_an_interrupted_sweep_goes_on(
 def test_more_training_workers_than_there_are_places_is_an_error_at_once(write_sweep: WriteSweep, session: int) -> None:
     sweep = plan(str(write_sweep({"prune": {"ratio": [0.25, 0.5]}}, concurrency=99)))
     with pytest.raises(ConfigError, match=r"^sweep.concurrency=99 trials need 99 CPUs .* has \d+; lower"):
+        sweeps.carry_out(sweep, 99)
+    with pytest.raises(ConfigError, match=r"^sweep.concurrency=99 is more than there are workers \(2\)"):
         sweeps.carry_out(sweep, session)
     assert not sweep.folder.exists()
 
 
 def test_pickles_that_others_could_have_written_are_not_read(write_sweep: WriteSweep) -> None:
     sweep = plan(str(write_sweep({"prune": {"ratio": [0.25, 0.5]}})))
-    folder = sweep.folder / "tune"
+    folder = sweep.folder / f"tune-{sweep.concurrency}"
     folder.mkdir(parents=True)
     (folder / "tuner.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     (folder / "experiment_state-1.json").write_text("{}")

@@ -107,8 +107,19 @@ def test_other_verbs_take_the_same_file(write: Callable[[str], str]) -> None:
         ),
         (
             OPTUNA + "[sweep.space]\nprune.ratio = [0.1, 0.2]\n",
-            r"would compare models of different sizes; put it into sweep.grid",
+            r"would compare models of different sizes, .*; put it into sweep.grid",
         ),
+        (
+            OPTUNA + "[sweep.space]\nprune = [{ ratio = 0.1 }, { ratio = 0.5 }]\n",
+            r"sweep.space.prune would compare models",
+        ),
+        (OPTUNA + "[sweep.space]\n'model.path' = ['a', 'b']\n", r"sweep.space.model.path would compare models"),
+        (OPTUNA + "[sweep.space]\ndata.test.source = ['a', 'b']\n", r"source would compare .* by different texts"),
+        (
+            OPTUNA + "[sweep.space]\nprune.units = [['mlp'], ['attention']]\n",
+            r"^sweep.space.prune.units with prune.ratio=0.2 of the units .* set prune.budget=parameters",
+        ),
+        ("[sweep.grid]\nname = [2024-01-01]\n", r"^sweep: datetime.date\(2024, 1, 1\) is a date, .* quote it"),
         (OPTUNA + "[sweep.space]\nseed = { min = 3, max = 1 }\n", r"a range has min below max"),
         (OPTUNA + "[sweep.space]\nseed = { min = 0, max = 9, log = true }\n", r"min above 0 where log is true"),
         (
