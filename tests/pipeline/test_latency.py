@@ -118,7 +118,8 @@ def test_trials_of_a_sweep_find_their_times(
         return trials.Tried((), {})
 
     monkeypatch.setattr(trials, "carry_out", carry_out)
-    sweep = Sweep(configs[0], tuple(Trial(str(number), "", config) for number, config in enumerate(configs)), 2)
+    each = tuple(Trial(str(number), "", config) for number, config in enumerate(configs))
+    sweep = Sweep(configs[0], each, 2, timed=each)
     sweeps.carry_out(sweep, 1)
     assert before == [len(measured)]
     assert before[0] > 0
