@@ -66,9 +66,12 @@ def is_at_work(folder: Path) -> bool | None:
 
 @contextmanager
 def in_turn(path: Path) -> Generator[None]:
-    """Wait for another process that holds this lock file, then hold it until the block ends."""
+    """Wait for another process that holds this lock file, then hold it until the block ends.
+
+    A file system without locks is told of in the log, and nobody waits.
+    """
     with _opened(path) as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        _taken(handle, fcntl.LOCK_EX)
         yield
 
 
@@ -77,10 +80,10 @@ def _opened(path: Path) -> TextIO:
     return path.open("a+", encoding="utf-8")
 
 
-def _taken(handle: TextIO) -> bool:
+def _taken(handle: TextIO, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
     """Whether the lock is ours now, or there are none."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, how)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -10,14 +10,15 @@ FROM rayproject/ray:${RAY_VERSION}-${PYTHON}-${CUDA}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /home/ray/cria
 
-# The heavy packages first: they change seldom. PyPI's torch is built for CUDA.
+# The heavy packages first: they change seldom. PyPI's torch brings the libraries of CUDA 13 with it, and so does CuPy
+# below: the nodes need a driver of 580 or later, and the base image's own CUDA is not used.
 COPY --chown=ray:users constraints.txt ./
 RUN pip install --no-cache-dir --constraint constraints.txt torch transformers accelerate datasets
 
 COPY --chown=ray:users pyproject.toml README.md LICENSE ./
 COPY --chown=ray:users cria_dist ./cria_dist
 COPY --chown=ray:users jobs ./jobs
-RUN pip install --no-cache-dir --constraint constraints.txt '.[gpu-cu12,sweep,lora]' && python -m cria_dist --help
+RUN pip install --no-cache-dir --constraint constraints.txt '.[gpu-cu13,sweep,lora]' && python -m cria_dist --help
 
 ENV RAY_AUTH_MODE=token \
     RAY_USAGE_STATS_ENABLED=0 \

@@ -1,7 +1,7 @@
 """Record, then score every site.
 
     python -m jobs.analyse CONFIG.toml [dotted.key=value ...]
-    ray job submit --working-dir . -- python -m jobs.analyse CONFIG.toml [dotted.key=value ...]
+    ray job submit --working-dir . -- python -m jobs.analyse CONFIG.toml run.root=/shared/runs [key=value ...]
 
 Started by ``ray job submit`` it runs on that cluster, otherwise on a private one on this machine. Interrupted, it
 continues when started again.

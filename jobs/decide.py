@@ -1,7 +1,7 @@
 """Record, analyse, then write plan.json.
 
     python -m jobs.decide CONFIG.toml [dotted.key=value ...]
-    ray job submit --working-dir . -- python -m jobs.decide CONFIG.toml [dotted.key=value ...]
+    ray job submit --working-dir . -- python -m jobs.decide CONFIG.toml run.root=/shared/runs [key=value ...]
 
 Started by ``ray job submit`` it runs on that cluster, otherwise on a private one on this machine. Interrupted, it
 continues when started again.

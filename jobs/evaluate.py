@@ -1,7 +1,7 @@
 """Everything up to the measurements and the report.
 
     python -m jobs.evaluate CONFIG.toml [dotted.key=value ...]
-    ray job submit --working-dir . -- python -m jobs.evaluate CONFIG.toml [dotted.key=value ...]
+    ray job submit --working-dir . -- python -m jobs.evaluate CONFIG.toml run.root=/shared/runs [key=value ...]
 
 Started by ``ray job submit`` it runs on that cluster, otherwise on a private one on this machine. Interrupted, it
 continues when started again.

@@ -1,7 +1,7 @@
 """The main job: record, analyse, decide, apply, recover, evaluate, report.
 
     python -m jobs.prune CONFIG.toml [dotted.key=value ...]
-    ray job submit --working-dir . -- python -m jobs.prune CONFIG.toml [dotted.key=value ...]
+    ray job submit --working-dir . -- python -m jobs.prune CONFIG.toml run.root=/shared/runs [key=value ...]
 
 Started by ``ray job submit`` it runs on that cluster, otherwise on a private one on this machine. Interrupted, it
 continues when started again.

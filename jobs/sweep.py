@@ -1,7 +1,7 @@
 """A run for every combination of [sweep.grid]: a Pareto table and plot, the best model of each budget.
 
     python -m jobs.sweep CONFIG.toml [dotted.key=value ...]
-    ray job submit --working-dir . -- python -m jobs.sweep CONFIG.toml [dotted.key=value ...]
+    ray job submit --working-dir . -- python -m jobs.sweep CONFIG.toml run.root=/shared/runs [key=value ...]
 
 Started by ``ray job submit`` it runs on that cluster, otherwise on a private one on this machine. Interrupted, it
 continues when started again.

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cria_dist import cli, locks
+from cria_dist.config import ModelConfig, RunConfig
 
 BLOCKED = """
 import sys
@@ -211,3 +212,24 @@ def test_estimate_prints_a_table(toml: Path, tmp_path: Path) -> None:
     assert "25,120" in result.stdout
     assert "storage_bytes.total" in result.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_key_is_listed_with_its_default_and_meaning() -> None:
+    lines = call("keys").stdout.splitlines()
+    assert 'data.test.part = "second"' in lines, "the default of where it stands, not of its kind"
+    assert 'prune.units = ["mlp"]' in lines
+    assert "method.cria.neighbours = 10" in lines
+    assert "model.path = (must be given)" in lines
+    names = {line.partition(" = ")[0] for line in lines if not line.startswith(" ")}
+    sections = RunConfig(model=ModelConfig(path="x")).model_dump()
+    assert {
+        f"{section}.{key}" for section in ("record", "prune", "recover", "run") for key in sections[section]
+    } <= names
+
+
+def test_keys_of_a_section_and_of_none() -> None:
+    lines = call("keys", "recover.lora").stdout.splitlines()
+    assert lines[0] == "recover.lora_rank = 0"
+    assert all(line.startswith("    ") for line in lines[1:])
+    wrong = call("keys", "recovery")
+    assert (wrong.exit_code, wrong.stderr) == (2, "error: no key begins with 'recovery'; `cria keys` lists them all\n")

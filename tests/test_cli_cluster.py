@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cria_dist import cli
+from cria_dist.cli import running
 from cria_dist.errors import ConfigError
 from cria_dist.runtime.submit import read_token
 from cria_dist.stages.sweep import plan
@@ -73,6 +74,16 @@ def test_what_would_fail_on_the_cluster_is_said_here(arguments: list[str], messa
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", ["prune", "sweep"])
+def test_a_job_says_that_its_result_would_be_lost(
+    verb: running.Verb, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that was not sent by us: it runs in a temporary copy of the folder."""
+    monkeypatch.setenv(running.IN_A_JOB, "{}")
+    assert running.main([CONFIG], verb) == 2
+    assert "run.root='runs' is relative, so it would be lost with the job" in capsys.readouterr().err
+
+
 def test_a_token_that_others_can_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "token"
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
@@ -116,8 +127,16 @@ def test_help_names_the_verb(verb: str) -> None:
     assert call(verb, "--help").exit_code == 0
 
 
+def test_help_shows_the_overrides() -> None:
+    """Rich takes plain brackets for markup."""
+    assert "VERB CONFIG [key=value ...]; VERB is one of: " in " ".join(call("submit", "--help").stdout.split())
+
+
 def test_every_job_names_its_line() -> None:
     for verb in ("record", "analyse", "decide", "recover", "evaluate", "prune", "sweep"):
         text = (CONFIGS.parent / f"{verb}.py").read_text()
-        assert f"ray job submit --working-dir . -- python -m jobs.{verb} CONFIG.toml [dotted.key=value ...]" in text
+        assert (
+            f"ray job submit --working-dir . -- python -m jobs.{verb} CONFIG.toml run.root=/shared/runs [key=value ...]"
+            in text
+        )
         assert f'until="{verb}"' in text

@@ -62,3 +62,5 @@ def test_a_file_system_without_locks_keeps_nobody_out(
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with locks.alone(tmp_path / "run"), locks.alone(tmp_path / "run"):
         assert "cannot be locked (Function not implemented)" in caplog.text
+    with locks.in_turn(tmp_path / "turn"), locks.in_turn(tmp_path / "turn"):
+        assert "turn cannot be locked (Function not implemented)" in caplog.text

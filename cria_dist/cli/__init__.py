@@ -5,7 +5,7 @@
 
 import typer
 
-from cria_dist.cli import cluster, exports, folders, running
+from cria_dist.cli import cluster, exports, folders, keys, running
 from cria_dist.cli.frame import ConfigPath, Overrides, guarded
 from cria_dist.cli.running import main
 
@@ -23,6 +23,7 @@ def _add_verb(name: running.Verb, text: str) -> None:
 for _name, _text in running.VERBS.items():
     _add_verb(_name, _text)
 app.command()(cluster.submit)
+app.command()(keys.keys)
 app.command()(folders.estimate)
 app.command()(folders.status)
 app.command()(folders.report)

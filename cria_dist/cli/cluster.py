@@ -8,11 +8,12 @@ import typer
 from cria_dist import config_file, files
 from cria_dist.cli import running
 from cria_dist.cli.frame import guarded
-from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 
 Command = Annotated[
-    list[str], typer.Argument(help=f"VERB CONFIG [key=value ...]; VERB is one of: {', '.join(running.VERBS)}.")
+    list[str],
+    # Rich takes plain brackets for markup
+    typer.Argument(help=f"VERB CONFIG \\[key=value ...]; VERB is one of: {', '.join(running.VERBS)}."),
 ]
 Address = Annotated[
     str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster; forward its port if needed.")
@@ -42,7 +43,7 @@ def submit(
     def action() -> int:
         verb, config, overrides = _parts(command)
         settings, sweep = config_file.load_with_sweep(config, overrides)
-        _check_root(settings)
+        running.check_root(settings)
         folder = (working_dir or Path(config).parent).resolve()
         inside = _relative(Path(config), folder)
         from cria_dist.runtime import submit as jobs  # ray; see running.py
@@ -72,13 +73,3 @@ def _relative(config: Path, folder: Path) -> str:
     if not config.resolve().is_relative_to(folder):
         raise ConfigError(f"{config} is not in the working directory {folder}; choose a --working-dir that holds it")
     return str(config.resolve().relative_to(folder))
-
-
-def _check_root(settings: RunConfig) -> None:
-    """A relative run folder would lie in the job's temporary copy of the working directory, and be lost with it."""
-    name = "run.root" if settings.run.folder is None else "run.folder"
-    path = settings.run.folder or settings.run.root
-    if not Path(path).is_absolute():
-        raise ConfigError(
-            f"{name}={path!r} is relative, so it would be lost with the job; set {name}=/folder/all/nodes/see"
-        )

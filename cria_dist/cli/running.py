@@ -2,13 +2,17 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from cria_dist import config_file
 from cria_dist.cli.frame import complain, console, guarded
+from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.records import Stage
 
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable of what ``ray job submit`` starts."""
 Verb = Stage | Literal["prune", "sweep"]
 VERBS: dict[Verb, str] = {
     "record": "Observe the model on the calibration data: signals and moments of every site.",
@@ -34,6 +38,8 @@ def main(arguments: Sequence[str], until: Verb) -> int:
 
 def _run(path: str, overrides: Sequence[str], until: Stage, verb: Verb) -> None:
     settings = config_file.load(path, overrides)
+    if IN_A_JOB in os.environ:
+        check_root(settings)
     from cria_dist.runtime import launch  # ray, torch and transformers: seconds that --help and typos need not pay
 
     screen = console()
@@ -51,7 +57,9 @@ def _run(path: str, overrides: Sequence[str], until: Stage, verb: Verb) -> None:
 
 
 def _sweep(path: str, overrides: Sequence[str]) -> None:
-    config_file.load_with_sweep(path, overrides)
+    settings, _ = config_file.load_with_sweep(path, overrides)
+    if IN_A_JOB in os.environ:
+        check_root(settings)
     from cria_dist.stages.sweep import plan
 
     sweep = plan(path, overrides)
@@ -65,3 +73,17 @@ def _sweep(path: str, overrides: Sequence[str]) -> None:
     for budget, row in table.best(rows).items():
         screen.print(f"best of {budget}: {row.command}", soft_wrap=True, highlight=False)
     screen.print(f"sweep: {sweep.folder}", soft_wrap=True, highlight=False)
+
+
+def check_root(settings: RunConfig) -> None:
+    """A relative run folder would lie in a job's temporary copy of the working directory, and be lost with it.
+
+    Raises:
+        ConfigError: it is relative.
+    """
+    name = "run.root" if settings.run.folder is None else "run.folder"
+    path = settings.run.folder or settings.run.root
+    if not Path(path).is_absolute():
+        raise ConfigError(
+            f"{name}={path!r} is relative, so it would be lost with the job; set {name}=/folder/all/nodes/see"
+        )

@@ -24,11 +24,11 @@ class RecoverConfig(Section):
     steps: Annotated[int, Field(ge=0)] = 100
     """Optimiser steps; 0 switches recovery off."""
     workers: Annotated[int, Field(ge=1)] = 2
-    """Data-parallel workers, of the methods that learn gates too."""
+    """Data-parallel workers, of the methods that learn gates too. An interrupted recovery goes on with any number of
+    them: that changes rounding only, and is no part of what a run is named by."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """``ddp``: every worker holds the whole model. ``fsdp2``: they share out weights, gradients, moments and the dense
-    model they learn from, for models larger than one of them. An interrupted ``fsdp2`` recovery goes on with any number
-    of workers, which leaves rounding only and is no part of what a run is named by."""
+    model they learn from, for models larger than one of them."""
     batch_sequences: Annotated[int, Field(ge=1)] = 8
     """Sequences per optimiser step, over all workers; must be a multiple of ``workers``."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
@@ -77,11 +77,11 @@ class RecoverConfig(Section):
 
     def content_part(self) -> dict[str, Any]:
         """What a result depends on: how the dense model teaches only where it does, no option that is off, no place."""
-        off = {"teacher", "teacher_gpus", *(name for name in OFF if not getattr(self, name))}
+        off = {"workers", "teacher", "teacher_gpus", *(name for name in OFF if not getattr(self, name))}
         off |= {"dtype"} if self.dtype == "float32" else set[str]()
         off |= set[str]() if self.distill else {"distill", "temperature"}
         off |= set[str]() if self.distill_hidden else {"distill_layers"}
-        off |= {"strategy"} if self.strategy == "ddp" else {"workers"}
+        off |= {"strategy"} if self.strategy == "ddp" else set[str]()
         return self.model_dump(mode="json", exclude=off)
 
     @property

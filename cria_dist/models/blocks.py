@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
+from cria_dist.models.device import own_device
 from cria_dist.models.experts import assembled
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
@@ -68,7 +69,7 @@ class BlockModel:
         _give_back_freed_memory()
         self.block = block
         self._family = family
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = own_device()
         self._whole = skeleton(directory, numerics)
         self._decoder = cast("PreTrainedModel", getattr(self._whole, self._whole.base_model_prefix))
         layers = cast(torch.nn.ModuleList, self._whole.get_submodule(family.layers))

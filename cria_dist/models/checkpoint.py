@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from cria_dist.errors import ConfigError, DataError
 from cria_dist.files import digest, safe_name
 from cria_dist.models.decilm import from_blocks
+from cria_dist.models.device import own_device
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import ModelDict, Takes, layers_differ
 from cria_dist.models.names import parsed, shared_names
@@ -191,7 +192,7 @@ class Numerics:
     matmul: str = "highest"
 
 
-def load_model(directory: Path, numerics: Numerics, devices: Mapping[str, int | str] | None = None) -> PreTrainedModel:
+def load_model(directory: Path, numerics: Numerics, devices: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Load a checkpoint for inference, through the stock class.
 
     Sets this process's matrix-product precision.
@@ -206,7 +207,7 @@ def load_model(directory: Path, numerics: Numerics, devices: Mapping[str, int | 
     return from_pretrained(
         directory,
         dtype=getattr(torch, numerics.dtype),
-        device_map=devices or {"": "cuda" if torch.cuda.is_available() else "cpu"},
+        device_map=devices or {"": own_device()},
     )
 
 

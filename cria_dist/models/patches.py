@@ -56,9 +56,11 @@ class Patches(nn.Module):
         """A linear map of the patches, from [S, T, C] to [S, T', D].
 
         Patches are made only for hooks that look at them; otherwise the map is carried out as the convolution it is
-        (4 to 10 times as fast forward and back on a CPU, 64 images of the grids of a ResNet-20).
+        (4 to 10 times as fast forward and back on a CPU, 64 images of the grids of a ResNet-20), and for what stands
+        in a map's place, such as an adapter.
         """
-        if linear._forward_hooks or linear._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]  (no public name)
+        hooked = linear._forward_hooks or linear._forward_pre_hooks  # pyright: ignore[reportPrivateUsage]  (no public)
+        if hooked or type(linear) is not nn.Linear:
             return linear(self(grid_STC))
         kernel = linear.weight.unflatten(1, (-1, self.width, self.width))
         found = conv2d(self.pixels(grid_STC), kernel, linear.bias, self.stride, padding=self.width // 2)
@@ -77,6 +79,7 @@ class ConvClassifier(PreTrainedModel):
     """A stem, layers, the mean over all places and a linear map; ``transformers`` loads and saves it like its own."""
 
     main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
     linear: nn.Module
     """The map of the mean; the identity where the last layer has classes."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cria_dist.models import layouts
 from cria_dist.models.patches import (
@@ -74,7 +75,7 @@ class Stem(nn.Module):
         return max_pool2d(self.pool.pixels(grid_STC), 3, 2, padding=1).flatten(2).transpose(1, 2)
 
 
-class Inner(nn.Module):
+class Inner(GradientCheckpointingLayer):
     """The first half of a block, ``conv2(relu(conv1(x)))`` and beside it the shortcut of x."""
 
     def __init__(self, layout: layouts.BlockLayout, first: int, second: int) -> None:
@@ -96,7 +97,7 @@ class Inner(nn.Module):
         return torch.cat((self.again.mapped(inner_STN.relu(), self.conv2), aside), dim=-1)
 
 
-class Outer(nn.Module):
+class Outer(GradientCheckpointingLayer):
     """The second half of a block, ``relu(shortcut + conv3(relu(x)))``."""
 
     def __init__(self, layout: layouts.BlockLayout, second: int) -> None:

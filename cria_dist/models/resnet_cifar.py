@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cria_dist.models import layouts
 from cria_dist.models.patches import CIFAR, ConvBackbone, ConvClassifier, Patches, Weights, write_classifier
@@ -29,7 +30,7 @@ class ResnetCifarConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """``relu(shortcut(x) + conv2(relu(conv1(x))))``; the shortcut skips places and adds channels of zeros."""
 
     def __init__(self, layout: layouts.BlockLayout, inner: int) -> None:

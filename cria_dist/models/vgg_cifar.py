@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cria_dist.models import layouts
 from cria_dist.models.patches import CIFAR, ConvBackbone, ConvClassifier, Patches, Weights, write_classifier
@@ -62,7 +63,7 @@ class Stem(nn.Module):
         return self.patches.mapped(pixel_values.flatten(2).transpose(1, 2), self.conv)
 
 
-class Layer(nn.Module):
+class Layer(GradientCheckpointingLayer):
     """``conv(relu(pool(x)))``, pooled or not; the last one's convolution has one tap."""
 
     def __init__(self, layout: layouts.SiteLayout, pooled: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from cria_dist import locks
 from cria_dist.config import RunConfig
@@ -54,14 +55,17 @@ def run(config: RunConfig, until: Stage = "evaluate") -> tuple[Job, Report | Non
 def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
     if job.config.run.pool == "local":
         torch.set_num_threads(1)  # as in every Ray worker: the same sums in the same order
-        context = Context(job, LocalPool(), train_here, progress)
-        return prune(context, command_line(), until)
+        with threadpool_limits(1, "blas"):  # NumPy's and SciPy's
+            return prune(Context(job, LocalPool(), train_here, progress), command_line(), until)
     with ray_session(job.config) as workers:
         check_shared(job.model_dir, job.folder)
         gpus = gpus_per_worker(job.config)
         pool = RayPool(workers, gpus)
         progress.note(f"workers: {pool.description}")
-        context = Context(job, pool, RayTrainer(job.config.recover.workers, gpus > 0, grows(job.config)), progress)
+        trainer = RayTrainer(job.config.recover.workers, gpus > 0, grows(job.config))
+        if job.config.training_workers and until in ("recover", "evaluate"):
+            trainer.check_room(job.config.recover.gpus_per_worker)
+        context = Context(job, pool, trainer, progress)
         try:
             return prune(context, command_line(), until)
         finally:

@@ -41,7 +41,7 @@ def ray_session(config: RunConfig) -> Generator[int]:
     if address is None:
         _start_private(config)
     else:
-        _join(address)
+        _join(address, config)
     try:
         yield _workers(config)
     finally:
@@ -72,20 +72,25 @@ def _start_private(config: RunConfig) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
         log_to_driver=False,
-        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        runtime_env={"env_vars": worker_environment(config)},
     )
 
 
-def _join(address: str) -> None:
+def _join(address: str, config: RunConfig) -> None:
     try:
         ray.init(
             address=address,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            runtime_env={"env_vars": worker_environment(config)},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {address!r} ({error}); start one or leave run.address out") from error
+
+
+def worker_environment(config: RunConfig) -> dict[str, str]:
+    """What workers find in their environment; those that are to have no GPU see none, for Ray would show them all."""
+    return {**WORKER_ENVIRONMENT, **({"CUDA_VISIBLE_DEVICES": ""} if config.run.gpus_per_worker == 0 else {})}
 
 
 def gpus_per_worker(config: RunConfig) -> float:

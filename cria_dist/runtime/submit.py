@@ -10,11 +10,11 @@ import shlex
 import stat
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import requests
@@ -24,6 +24,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from cria_dist.errors import ConfigError, WorkerError
 
 log = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
 
 TOKEN_FILE = Path(".ray") / "auth_token"
 ADDRESS = "RAY_API_SERVER_ADDRESS"
@@ -83,7 +84,7 @@ def submit(call: Call, address: str, again: bool = False) -> int:
     try:
         job = _submit_or_join(client, call, again)
         details = asyncio.run(_follow(client, job))
-    except UNREACHABLE as error:
+    except (RuntimeError, *UNREACHABLE) as error:
         raise WorkerError(call.name, f"the cluster at {address} does not answer any more ({error})") from error
     sys.stderr.write(f"{job}: {details.status.value.lower()}{_reason(details)}\n")
     return exit_code(details)
@@ -195,14 +196,18 @@ def _attempts(client: JobSubmissionClient, call: Call) -> dict[int, JobStatus]:
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> JobDetails:
-    """Show the log until the job ends; a lost connection is taken up where it was lost."""
+    """Show the log until the job ends; a lost connection is taken up where it was lost.
+
+    Raises:
+        ConnectionError, RuntimeError: the dashboard stays away for longer than a restart takes.
+    """
     details = client.get_job_info(job)
     if details.status.is_terminal():
         sys.stdout.write(client.get_job_logs(job))
         return details
     shown = 0
     while True:
-        seen = 0
+        seen, broken = 0, False
         try:
             async for text in client.tail_job_logs(job):
                 sys.stdout.write(text[max(shown - seen, 0) :])
@@ -211,10 +216,26 @@ async def _follow(client: JobSubmissionClient, job: str) -> JobDetails:
                 shown = max(shown, seen)
         except (RuntimeError, aiohttp.ClientError) as error:
             log.warning("%s: the log broke off (%s), looking again", job, error)
-        details = client.get_job_info(job)
+            broken = True
+        details = await _patiently(client.get_job_info, job)
         if details.status.is_terminal():
+            if broken:
+                sys.stdout.write((await _patiently(client.get_job_logs, job))[shown:])
             return details
         await asyncio.sleep(RECONNECT_SECONDS)
+
+
+async def _patiently(ask: Callable[[str], Answer], job: str) -> Answer:
+    """Ask again while a dashboard, or what forwards its port, may be starting anew."""
+    deadline = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return ask(job)
+        except (RuntimeError, *UNREACHABLE) as error:
+            if time.monotonic() > deadline:
+                raise
+            log.warning("%s: the dashboard does not answer (%s), asking again", job, str(error).strip()[:200])
+            await asyncio.sleep(RECONNECT_SECONDS)
 
 
 def _reason(details: JobDetails) -> str:

@@ -1,7 +1,7 @@
 """Training on Ray Train: data-parallel workers around :func:`cria_dist.stages.training.carry_out`."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +43,14 @@ class RayTrainer:
             ConfigError: the cluster has fewer CPUs or GPUs than the workers need.
             WorkerError: training failed, or lost its workers too often.
         """
-        each = self.resources(task)
-        if not self.waits:
-            _check_room(self.workers, each)
+        each = task.config.gpus_per_worker if isinstance(task, RecoverTask) else 1
+        self.check_room(each)
         trainer = ray.train.torch.TorchTrainer(
             _train_worker,
             train_loop_config={"task": task},
             torch_config=FileMeeting(),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=self.workers, use_gpu=self.use_gpu, resources_per_worker=each
+                num_workers=self.workers, use_gpu=self.use_gpu, resources_per_worker=self._resources(each)
             ),
             run_config=ray.train.RunConfig(
                 name=name,
@@ -73,23 +72,24 @@ class RayTrainer:
         except ControllerError as error:
             raise WorkerError(stage_of(task), f"Ray Train gave up: {error}") from error
 
-    def resources(self, task: TrainTask) -> dict[str, int]:
+    def check_room(self, gpus_each: int) -> None:
+        """Every worker must find its GPUs, or its CPU, on one node; Ray Train would try for minutes.
+
+        Raises:
+            ConfigError: they do not, and the cluster does not grow.
+        """
+        ((kind, wanted),) = self._resources(gpus_each).items()
+        nodes = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
+        if self.waits or sum(there // wanted for there in nodes) >= self.workers:
+            return
+        many = f" of {wanted} GPUs each (recover.teacher_gpus={wanted - 1})" if wanted > 1 else ""
+        raise ConfigError(
+            f"recover.workers={self.workers}{many} but the cluster has {sum(nodes)} {kind}s; lower recover.workers"
+        )
+
+    def _resources(self, gpus_each: int) -> dict[str, int]:
         """What Ray is asked for, for every worker; all of it is on one node."""
-        if not self.use_gpu:
-            return {"CPU": 1}
-        return {"GPU": task.config.gpus_per_worker if isinstance(task, RecoverTask) else 1}
-
-
-def _check_room(workers: int, each: Mapping[str, int]) -> None:
-    """Every worker must find its GPUs, or its CPU, on one node; Ray Train would try for minutes."""
-    ((kind, wanted),) = each.items()
-    nodes = [int(node["Resources"].get(kind, 0)) for node in ray.nodes() if node["Alive"]]
-    if sum(there // wanted for there in nodes) >= workers:
-        return
-    many = f" of {wanted} GPUs each (recover.teacher_gpus={wanted - 1})" if wanted > 1 else ""
-    raise ConfigError(
-        f"recover.workers={workers}{many} but the cluster has {sum(nodes)} {kind}s; lower recover.workers"
-    )
+        return {"GPU": gpus_each} if self.use_gpu else {"CPU": 1}
 
 
 def _train_worker(config: dict[str, TrainTask]) -> None:

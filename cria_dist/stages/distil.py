@@ -19,6 +19,11 @@ from cria_dist.stages.recover_loss import Objective
 from cria_dist.stages.recover_shards import decode
 from cria_dist.stages.recover_step import Place
 
+MULTIPLIES = ("hyperclovax",)
+"""Model types whose logits are multiplied by ``logits_scaling``, by which Granite's are divided."""
+CHECKED_TOKENS = 8
+HEAD_TOLERANCE = 0.02
+"""Of the largest logit; two kernels differ by less in half precision, and a scale that is left out by more."""
 CHUNK_LOGITS = 2**22
 """Logits of one model that exist at a time, 16 MiB in float32 whatever the vocabulary and the sequence."""
 
@@ -36,7 +41,7 @@ def objective_of(
         place: this worker.
 
     Raises:
-        ConfigError: the recipe distils and there is no teacher, or no room for it.
+        ConfigError: the recipe distils and there is no teacher, or no room for it, or its head is of an unknown kind.
     """
     if not config.distills:
         return recover_loss.cross_entropy
@@ -48,6 +53,7 @@ def objective_of(
     model = load_teacher(teacher, config, matmul, place)
     if labelled:
         return LabelDistillation(model, config.distill, config.temperature)
+    check_head(model)
     pairs = paired_states(teacher.layers, model.config.num_hidden_layers, config) if config.distill_hidden else ()
     return Distillation(model, config.distill, config.temperature, Hidden(config.distill_hidden, pairs))
 
@@ -158,6 +164,27 @@ def logits(model: PreTrainedModel, hidden_CD: torch.Tensor) -> torch.Tensor:
     """The head as the stock class applies it, float32 [C, V]; Cohere and Granite scale its logits, Gemma squashes."""
     head, config = model.get_output_embeddings(), model.config
     found_CV = head(hidden_CD).float()  # pyright: ignore[reportOptionalCall]  (a causal language model has one)
-    found_CV = found_CV * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    scaling = getattr(config, "logits_scaling", 1.0)
+    divided = 1 / scaling if config.model_type in MULTIPLIES else scaling
+    found_CV = found_CV * getattr(config, "logit_scale", 1.0) / divided
     cap = getattr(config, "final_logit_softcapping", None)
     return found_CV if cap is None else cap * torch.tanh(found_CV / cap)
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """See that :func:`logits` are the stock class's, on a few tokens: a new family may do more with them.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    tokens_ST = torch.arange(CHECKED_TOKENS + 1, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        stock_NV = model(input_ids=tokens_ST[:, :-1], use_cache=False).logits[0].float()
+        ours_NV = logits(model, states(model, tokens_ST, every=False).last_hidden_state[0])
+    apart = float((ours_NV - stock_NV).abs().max() / stock_NV.abs().max())
+    if not apart <= HEAD_TOLERANCE:
+        raise ConfigError(
+            f"the output head of model_type {model.config.model_type!r} does something to its logits that is not known "
+            f"here (they differ by {apart:.2g} of the largest), so nothing can be learned from it; set "
+            "recover.distill=0 and recover.distill_hidden=0"
+        )

@@ -18,6 +18,7 @@ from cria_dist.config import RecoverConfig
 from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import skeleton
+from cria_dist.models.device import own_device
 from cria_dist.stages.recover_shards import load_shared
 from cria_dist.stages.recover_step import Place
 
@@ -68,11 +69,10 @@ def load_offloaded(directory: Path, numerics: checkpoint.Numerics) -> PreTrained
     What is around the decoder or encoder stays there: distillation calls the head for every chunk of tokens.
     """
     model = checkpoint.load_model(directory, numerics, {"": "cpu"})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cpu_offload(model.base_model, torch.device(device))
+    cpu_offload(model.base_model, own_device())
     for part in model.children():
         if part is not model.base_model:
-            part.to(device)
+            part.to(own_device())
     return model
 
 
@@ -92,7 +92,7 @@ def load_spread(directory: Path, numerics: checkpoint.Numerics, free: Mapping[in
     model = checkpoint.load_model(directory, numerics, spread(architecture, free))
     head = model.get_output_embeddings()
     for called in (model,) if head is None else (model.base_model, head):
-        answer_on(called, torch.device("cuda", torch.cuda.current_device()))
+        answer_on(called, own_device())
     return model
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from cria_dist import files
 from cria_dist.models import checkpoint, depth
+from cria_dist.models.device import own_device
 from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery, pruned_copy
 from cria_dist.records import Site
@@ -130,7 +131,7 @@ def _rising(taken: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
 def _random_model(task: TimingTask, layers: int) -> PreTrainedModel:
     """The first layers of the architecture, on the device of this process."""
     config = depth.shallower(task.config, tuple(range(layers)), family_of(task.config).width_key)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     model = checkpoint.stock_class(config).from_config(AutoConfig.for_model(**config), trust_remote_code=False)
     return model.to(device, getattr(torch, task.numerics.dtype)).eval()
 

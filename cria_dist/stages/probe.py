@@ -14,6 +14,7 @@ from cria_dist.config import RunConfig
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import Block
 from cria_dist.models.channels import ConvFamily
+from cria_dist.models.device import own_device
 from cria_dist.models.family import family_of
 from cria_dist.stages import boundary
 from cria_dist.stages.footprint import Workload
@@ -62,7 +63,7 @@ def time_layer(config: RunConfig, work: Workload, directory: Path, layer: int) -
 
 def flop_per_second(dtype: str) -> float:
     """Of square matrix products in this process, as one worker would compute them: what no layer exceeds by much."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     matrix = torch.ones(MATRIX, MATRIX, dtype=getattr(torch, dtype), device=device)
     seconds = float("inf")
     with _as_a_worker():

@@ -104,7 +104,7 @@ def train(task: RecoverTask, place: Place, resume: Path | None, save_checkpoint:
         found = {"loss": learner.learn(step, batch)}
         at_checkpoint = (step + 1) % config.checkpoint_every == 0
         if held is not None and (at_checkpoint or step + 1 == config.steps):
-            found["held_out"] = held_out_loss(model, held, place)
+            found["held_out"] = learner.look(held)
         if place.rank == 0:
             append_log(task.log_path, step=step + 1, seconds=time.monotonic() - started, **found)
         if "held_out" in found and is_over(learner.state, found["held_out"], config.patience):
@@ -170,9 +170,16 @@ class Learner:
         Raises:
             NumericError: the loss is not finite.
         """
-        mixed = self.config.dtype == "bfloat16"
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=mixed):
+        with self._precision():
             loss = optimise(self.model, self.state, batch, learning_rate(step, self.config), self.place, self.objective)
         if not math.isfinite(loss):
             raise NumericError(f"recovery: the loss is {loss} at step {step}; lower recover.learning_rate")
         return loss
+
+    def look(self, held: Data) -> float:
+        """Mean loss on what is held out, in the precision of training and as much of it at a time."""
+        with self._precision():
+            return held_out_loss(self.model, held, self.place, self.config.batch_sequences // self.place.world)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from cria_dist.errors import DataError
 from cria_dist.models import checkpoint, writing
 from cria_dist.models.blocks import skeleton
+from cria_dist.models.device import own_device
 from cria_dist.models.family import family_of
 from cria_dist.models.streaming import Piece, WindowReader, file_order, write_pieces
 from cria_dist.stages.recover_slices import Part, fill, fill_experts, is_gathered, whole
@@ -66,10 +67,10 @@ def load_shared(
     model = skeleton(directory, numerics)
     model.tie_weights()
     prepare(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
+    device = own_device()
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if mixed else None
-    place = CPUOffloadPolicy(pin_memory=device == "cuda") if offloaded else OffloadPolicy()
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offloaded else OffloadPolicy()
     for layer in model.get_submodule(family_of(model.config.to_dict()).layers).children():
         if mixed:
             _widen_norms(layer)

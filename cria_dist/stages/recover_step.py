@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
+from cria_dist.models.device import own_device
 from cria_dist.stages.examples import Data, like_examples
 from cria_dist.stages.recover_loss import Objective, cross_entropy
 from cria_dist.stages.recover_state import TrainState
@@ -96,6 +97,6 @@ def mean_over_workers(loss: float, place: Place) -> float:
     """The loss of the global batch: every worker has the same number of sequences."""
     if place.world == 1:
         return loss
-    total = torch.tensor([loss], device="cuda" if torch.cuda.is_available() else "cpu")
+    total = torch.tensor([loss], device=own_device())
     torch.distributed.all_reduce(total)
     return float(total) / place.world

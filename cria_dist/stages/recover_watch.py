@@ -22,12 +22,15 @@ def split(data: Data, patience: int) -> tuple[Data, Data | None]:
     return data[: len(data) - count], data[len(data) - count :]
 
 
-def held_out_loss(model: PreTrainedModel, held: Data, place: Place) -> float:
-    """Mean cross entropy over the held-out sequences, each worker on its part of them."""
-    most, mine = (micro_batches(held[rank :: place.world]) for rank in (0, place.rank))
+def held_out_loss(model: PreTrainedModel, held: Data, place: Place, most_together: int) -> float:
+    """Mean cross entropy over the held-out sequences, each worker on its part of them, at most so many together."""
+    most, mine = (
+        [part for like in micro_batches(held[rank :: place.world]) for part in like.split(most_together)]
+        for rank in (0, place.rank)
+    )
     with torch.no_grad():
-        if is_shared(model) and len(mine) < len(most):
-            mean_loss(model, held[:1])  # the first worker has one more, and all gather parameters together
+        for _ in range(len(most) - len(mine) if is_shared(model) else 0):
+            mean_loss(model, held[:1])  # the first worker has more, and all gather parameters together
         total = sum(float(mean_loss(model, part)) * len(part) for part in mine)
     return mean_over_workers(total * place.world / len(held), place)
 

@@ -182,7 +182,7 @@ def test_jobs_run_the_configuration_beside_them_and_try_again(load: Callable[[st
     claim, map_ = load("storage.yaml")
     config = config_file.parse(tomllib.loads(map_["data"]["run.toml"]))
     assert config.run.root == "/mnt/cria/runs"
-    for name, overrides in (("rayjob.yaml", ""), ("rayjob-kueue.yaml", " run.workers=4")):
+    for name, overrides in (("rayjob.yaml", ""), ("rayjob-kueue.yaml", " run.workers=4 recover.workers=4")):
         [document] = load(name)
         spec = document["spec"]
         assert spec["backoffLimit"] == 3

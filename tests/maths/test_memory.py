@@ -3,6 +3,7 @@
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from cria_dist.maths import density, graphs, importance, neighbours, pencil, sketch
 
@@ -20,6 +21,8 @@ def whole_site(pre, post):
     assert (exact, values.size) == (False, SIZE - 1)
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 def test_a_site_of_8200_neurons_needs_a_quarter_of_a_square_of_doubles(monkeypatch):
     monkeypatch.setattr(density, "STEPS", 6)  # each holds 1 MiB
     pre = np.random.default_rng(0).standard_t(5, size=(SIZE, 24)).astype(np.float32)

@@ -133,6 +133,8 @@ def test_spectral_errors_by_hand_and_for_large_matrices(monkeypatch: pytest.Monk
     assert spectral_errors(weight_OI, sparse_OI) == pytest.approx(exact, rel=1e-8)
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("kind", "density", "magnitude", "chance", "truncated_and_rescaled"),
     [

@@ -162,6 +162,7 @@ def test_maps_of_patches_are_the_convolutions(net: Net) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("net", ["vgg", "bottleneck"], indirect=True)
 def test_onnxruntime_computes_the_same(net: Net, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")

@@ -62,6 +62,7 @@ def test_the_lowest_gates_go(
     assert torch.equal(pruned[name], dense[name][list(plan.kept["layer-001.mlp"])]), "the gates are a criterion only"
 
 
+@pytest.mark.usefixtures("no_fresh_process")
 def test_a_whole_run(run_config: RunConfigMaker, make_context: MakeContext, trained: list[str], tmp_path: Path) -> None:
     context = make_context(
         run_config(tmp_path, method=EIGENVALUE, compare=[RECEDING, EIGENVALUE], recover={"steps": 2})

@@ -90,7 +90,12 @@ def test_a_run_removes_the_same_dimensions_everywhere_and_repairs_the_readers(
     folder = make_model(tmp_path / "dense", model_type="llama")
     asked = {"units": ["residual"], "ratio": 0.2, "multiple": 8}
     config = run_config(
-        tmp_path, model={"path": str(folder)}, prune=asked, method={"name": "activation"}, compare=[{"name": "random"}]
+        tmp_path,
+        model={"path": str(folder)},
+        prune=asked,
+        method={"name": "activation"},
+        compare=[{"name": "random"}],
+        recover={"steps": 0},
     )
     context = make_context(config)
     report = prune(context)

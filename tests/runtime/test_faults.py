@@ -128,7 +128,7 @@ class Spoiling(RayPool):
 
 
 @pytest.mark.usefixtures("session")
-@pytest.mark.parametrize("kind", ["sweep", "pipeline"])
+@pytest.mark.parametrize("kind", ["pipeline", pytest.param("sweep", marks=pytest.mark.soak)])
 def test_every_schedule_gives_the_manifest_of_replicate(
     run_config: Callable[..., RunConfig], deep: Path, tmp_path: Path, kind: str
 ) -> None:

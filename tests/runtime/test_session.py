@@ -37,6 +37,16 @@ def test_what_the_run_wants_comes_before_what_is_there(
     assert config.result_part() == run_config(tmp_path).result_part()
 
 
+@pytest.mark.parametrize(("gpus", "hidden"), [(0, True), (None, False), (1, False)])
+def test_workers_without_a_gpu_see_none(
+    gpus: int | None, hidden: bool, run_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Ray itself hides GPUs only from those who have some."""
+    environment = session.worker_environment(run_config(tmp_path, run={"gpus_per_worker": gpus}))
+    assert environment.get("CUDA_VISIBLE_DEVICES") == ("" if hidden else None)
+    assert environment.items() >= session.WORKER_ENVIRONMENT.items()
+
+
 @pytest.mark.parametrize(
     ("cluster", "run", "message"),
     [

@@ -181,6 +181,7 @@ def test_a_search_tries_what_it_has_not_tried_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("unverified")
 def test_a_recovery_that_falls_behind_is_stopped_stays_so_and_its_command_goes_on(
     write_sweep: WriteSweep, make_context: Callable[..., Any], session: int, tmp_path: Path

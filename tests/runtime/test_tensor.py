@@ -68,6 +68,8 @@ def times(recording: Recording) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("shard-*")}
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 def test_two_ranks_equal_one_process_and_go_on_where_they_stopped(run: Callable[..., Any], pool: RayPool) -> None:
     _, alone = run("replicate", LocalPool(), 4)
     context, together = run("tensor", pool, 4)

@@ -1,7 +1,6 @@
 """What training workers ask Ray for: a GPU each, and those that a recovery's teacher has to itself, on one node."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +11,12 @@ from cria_dist.config import RecoverConfig
 from cria_dist.errors import ConfigError
 from cria_dist.runtime import train
 from cria_dist.runtime.train import RayTrainer
-from cria_dist.stages.learn import LearnTask
 from cria_dist.stages.recover import RecoverTask
 
 
 def task(**settings: Any) -> RecoverTask:
     here = Path()
     return RecoverTask(here, here, here, here, RecoverConfig.model_validate(settings), "highest", 0)
-
-
-LEARNING = LearnTask(Path(), Path(), SimpleNamespace(), Path(), SimpleNamespace(), "highest", 0)
 
 
 @pytest.mark.parametrize(
@@ -33,11 +28,10 @@ LEARNING = LearnTask(Path(), Path(), SimpleNamespace(), Path(), SimpleNamespace(
         (task(teacher_gpus=2), True, {"GPU": 3}),
         (task(teacher_gpus=2, distill=0, distill_hidden=0.1), True, {"GPU": 3}),
         (task(teacher_gpus=2, distill=0), True, {"GPU": 1}),
-        (LEARNING, True, {"GPU": 1}),
     ],
 )
-def test_gpus_of_a_worker(asked: Any, use_gpu: bool, expected: dict[str, int]) -> None:
-    each = RayTrainer(2, use_gpu).resources(asked)
+def test_gpus_of_a_worker(asked: RecoverTask, use_gpu: bool, expected: dict[str, int]) -> None:
+    each = RayTrainer(2, use_gpu)._resources(asked.config.gpus_per_worker)
     assert each == expected
     assert ScalingConfig(num_workers=2, use_gpu=use_gpu, resources_per_worker=each).num_gpus_per_worker == expected.get(
         "GPU", 0
@@ -62,12 +56,13 @@ def test_a_worker_needs_its_gpus_on_one_node(
 ) -> None:
     there = [{"Alive": True, "Resources": one} for one in nodes] + [{"Alive": False, "Resources": {"GPU": 9}}]
     monkeypatch.setattr(train.ray, "nodes", lambda: there)
-    each = RayTrainer(2, use_gpu=True).resources(asked)
+    each = asked.config.gpus_per_worker
+    RayTrainer(2, use_gpu=True, waits=True).check_room(each)
     if message is None:
-        train._check_room(2, each)
+        RayTrainer(2, use_gpu=True).check_room(each)
         return
     with pytest.raises(ConfigError, match=message):
-        train._check_room(2, each)
+        RayTrainer(2, use_gpu=True).check_room(each)
 
 
 def test_all_but_the_first_gpu_are_the_teachers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
+from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.family import FAMILIES
 from cria_dist.stages import distil
@@ -48,7 +49,7 @@ def make_pair(make_model: Callable[..., Path], tmp_path: Path) -> Callable[[str,
 
     def make(model_type: str, tied: bool) -> Pair:
         squashed = {"final_logit_softcapping": 2.0} if model_type.startswith("gemma") else {}
-        squashed |= {"logits_scaling": 8.0} if model_type == "granite" else {}
+        squashed |= {"logits_scaling": 8.0} if model_type in ("granite", "hyperclovax") else {}
         return load_pair(make_model(tmp_path / "model", model_type, tie_word_embeddings=tied, **squashed))
 
     return make
@@ -73,7 +74,7 @@ def by_definition(pair: Pair, tokens_ST: torch.Tensor, weight: float, temperatur
     ("model_type", "chunk", "tied"),
     [
         *itertools.product(LANGUAGE_FAMILIES, (1, 1000), (True,)),
-        *itertools.product([*LANGUAGE_FAMILIES, *GENERIC_FAMILIES], (7,), (False,)),
+        *itertools.product([*LANGUAGE_FAMILIES, *GENERIC_FAMILIES, "hyperclovax"], (7,), (False,)),
     ],
 )
 def test_loss_and_gradients_are_those_of_the_definition(
@@ -97,6 +98,14 @@ def test_loss_and_gradients_are_those_of_the_definition(
     for name, gradient in expected.items():
         # plus rounding: the gradient of a key's bias is zero
         assert torch.allclose(found[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()) + 1e-8), name
+
+
+def test_a_head_of_an_unknown_kind_teaches_nobody(make_pair: Callable[[str, bool], Pair]) -> None:
+    model = make_pair("llama", True)[1]
+    distil.check_head(model)
+    model.config.logits_scaling = 4.0  # which the stock class does not heed
+    with pytest.raises(ConfigError, match=r"head of model_type 'llama' does something .*set recover\.distill=0 and"):
+        distil.check_head(model)
 
 
 def test_a_divergence_by_hand() -> None:
@@ -177,7 +186,7 @@ def test_logits_are_never_whole(
 
 def test_without_distillation_the_settings_are_those_of_before() -> None:
     """Digests of runs are made of them."""
-    there = {"steps", "workers", "batch_sequences", "sequence_length", "learning_rate", "train", "checkpoint_every"}
+    there = {"steps", "batch_sequences", "sequence_length", "learning_rate", "train", "checkpoint_every"}
     plain, distilling = RecoverConfig(distill=0, temperature=3), RecoverConfig(distill=0.5, temperature=3)
     assert plain.content_part().keys() == there
     assert distilling.content_part() == {**plain.content_part(), "distill": 0.5, "temperature": 3.0}

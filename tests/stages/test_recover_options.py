@@ -179,21 +179,35 @@ def test_the_held_out_loss_is_that_of_sequences_nothing_learns_from(task: Recove
     model = checkpoint.load_model(task.model_dir, checkpoint.Numerics())
     with torch.inference_mode():
         expected = float(model(input_ids=held, labels=held).loss)
-    assert recover_watch.held_out_loss(model, held, Place()) == pytest.approx(expected, rel=1e-5)
+    assert recover_watch.held_out_loss(model, held, Place(), 8) == pytest.approx(expected, rel=1e-5)
     assert recover_watch.split(data, patience=0)[1] is None
+
+
+def test_it_looks_in_the_precision_it_trains_in(task: RecoverTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ``fsdp2`` the layers are gathered in it, and take nothing else."""
+    seen: list[bool] = []
+
+    def look(*_: object) -> float:
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
+        return 1.0
+
+    monkeypatch.setattr(recover, "held_out_loss", look)
+    for dtype in ("bfloat16", "float32"):
+        train(with_options(task, steps=2, patience=1, dtype=dtype))
+    assert seen == [True, False]
 
 
 def test_workers_share_the_held_out_sequences(task: RecoverTask, monkeypatch: pytest.MonkeyPatch) -> None:
     held = torch.arange(5 * 16).reshape(5, 16) * 3 % 256
     model = checkpoint.load_model(task.model_dir, checkpoint.Numerics())
-    alone = recover_watch.held_out_loss(model, held, Place())
+    alone = recover_watch.held_out_loss(model, held, Place(), 8)
     monkeypatch.setattr(recover_watch, "mean_over_workers", lambda loss, place: loss / place.world)
-    parts = [recover_watch.held_out_loss(model, held, Place(rank, 2)) for rank in (0, 1)]
+    parts = [recover_watch.held_out_loss(model, held, Place(rank, 2), 4) for rank in (0, 1)]
     assert sum(parts) == pytest.approx(alone, rel=1e-6)
 
 
 def test_options_that_are_off_leave_digests_alone() -> None:
-    known = {"steps", "workers", "batch_sequences", "sequence_length", "learning_rate", "train", "checkpoint_every"}
+    known = {"steps", "batch_sequences", "sequence_length", "learning_rate", "train", "checkpoint_every"}
     off = RecoverConfig(distill=0)
     assert off.content_part().keys() == known
     assert "lora_rank" in off.model_copy(update={"lora_rank": 4}).content_part()

@@ -250,6 +250,7 @@ def test_a_folder_of_images_that_changed_is_found(make_config: MakeConfig, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_classifier_of_images_from_labels_to_the_report(
     make_config: MakeConfig, make_context: MakeContext, pico_vit: Path, tmp_path: Path
 ) -> None:
