@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cria_dist.config import RunConfig, Section, SweepConfig
 from cria_dist.errors import ConfigError
@@ -99,15 +99,31 @@ def _complaint(detail: dict[str, Any]) -> str:
         return f"unknown key {key!r}; known keys here: {', '.join(sorted(_known_keys(named[:-1])))}"
     if kind == "missing":
         return f"missing key {key!r}; set it in the file or as {key}=VALUE"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    remedy = REMEDIES.get(kind, "correct it in the file or as an override")
+    if kind == "union_tag_invalid":
+        return f"{key}.name: {detail['ctx']['tag']!r} is not a method; there are: {', '.join(METHODS_BY_NAME)}"
+    if kind == "tuple_type":
+        return _list_complaint(key, value)
+    given = f"{key}={json.dumps(value, default=str)}"
+    complaint = f"{detail['msg']}; {REMEDIES.get(kind, 'correct it in the file or as an override')}"
+    if kind == "value_error":  # says itself what to do
+        complaint = str(detail["ctx"]["error"])
     if kind in ("model_type", "model_attributes_type"):
-        message, remedy = "it is a section", f"set its keys, as in {_section_example(location)}"
-    elif kind == "tuple_type":
-        values = value.split(",") if isinstance(value, str) and " " not in value else [value]
-        items = [{"name": one} for one in values] if key == "compare" else values
-        message, remedy = "it is a list", f"write {as_override(key, items)}"
-    return f"{key}={json.dumps(value, default=str)}: {message}; {remedy}"
+        complaint = f"it is a section; set its keys, as in {_section_example(location)}"
+    return f"{given}: {complaint}"
+
+
+def _list_complaint(key: str, value: Any) -> str:
+    """Of a value in place of a list: what its items would be refused for, else how the list is written."""
+    listed = isinstance(value, str) and value.startswith("[") and value.endswith("]")
+    several = listed or (isinstance(value, str) and " " not in value)
+    values = [_value(one.strip()) for one in value.strip("[]").split(",")] if several else [value]
+    named = key == "compare" and not isinstance(value, dict)
+    items = [{"name": one} for one in values] if named else values
+    try:
+        TypeAdapter[Any](_annotation(key)).validate_python(items)
+    except ValidationError as error:
+        return "; ".join(_complaint({**one, "loc": (*key.split("."), *one["loc"])}) for one in error.errors())
+    return f"{key}={json.dumps(value, default=str)}: it is a list; write {as_override(key, items)}"
 
 
 REMEDIES = {
@@ -117,7 +133,7 @@ REMEDIES = {
     "greater_than_equal": "raise it",
     "string_too_short": "write some or leave it out",
     "union_tag_not_found": "name the method, as in method.name=wanda",
-    "union_tag_invalid": "choose one of them",
+    "literal_error": "choose one of them",
 }
 """What to do about a value out of bounds, by pydantic's type of error."""
 
@@ -134,14 +150,15 @@ def _section_example(location: list[str]) -> str:
 
 def _known_keys(parents: list[str]) -> list[str]:
     """Keys of a section, in the order of their definition; of a method those of the one that is named."""
-    section: type[BaseModel] = RunConfig
-    for parent in parents:
-        if parent == "sweep":
-            return list(SweepConfig.model_fields)
-        if parent in ("method", "compare"):
-            return [key for name in parents if name in METHODS_BY_NAME for key in METHODS_BY_NAME[name].model_fields]
-        annotation = section.model_fields[parent].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)
+    if parents[:1] in (["method"], ["compare"]):
+        return [key for name in parents if name in METHODS_BY_NAME for key in METHODS_BY_NAME[name].model_fields]
+    section = _annotation(".".join(parents)) if parents else RunConfig
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _annotation(key: str) -> Any:
+    """Type of what a dotted key of the configuration takes."""
+    found: Any = RunConfig
+    for name in key.split("."):
+        found = SweepConfig if name == "sweep" else found.model_fields[name].annotation
+    return found

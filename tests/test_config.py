@@ -101,11 +101,16 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
         ),
         ("method.neighbors=3", r"unknown key 'method\.neighbors'; known keys here: .*neighbours"),
         ("prune.ratio=1", r"^prune\.ratio=1: .*less than 1"),
+        ("prune.ratio=20", r"^prune\.ratio=20: a share is greater than 0 and less than 1; write 0\.2 for 20 %$"),
         ("prune.ratio=a fifth", r'^prune\.ratio="a fifth": .*number'),
         ("prune.repair=best", r"prune\.repair=\"best\": .*'none', 'bias', 'least_squares' or 'sequential'"),
         ("record.tokens=4", r"record\.tokens=4: .*greater than or equal to 32"),
         ("method.neighbours=0", r"^method\.neighbours=0: .*greater than or equal to 1"),
-        ("method.name=best", r"^method=.*'cria'.*'random'.*'magnitude'"),
+        (
+            "method.name=best",
+            r"^method\.name: 'best' is not a method; there are: conditional, cria, random, magnitude, ",
+        ),
+        ("compare=wandb", r"^compare\.0\.name: 'wandb' is not a method; there are: conditional, "),
         ("seed=-1", r"^seed=-1: "),
         ("seed=20260101120000", r"^seed=20260101120000: "),
         ("recover.workers=3", r"recover\.batch_sequences=8 is not a multiple of recover\.workers=3; choose a multiple"),
@@ -124,10 +129,19 @@ def test_an_override_cannot_go_below_a_value(toml: Path) -> None:
         ("record.memory_gb=inf", r"^record\.memory_gb="),
         ("prune.units=mlp", r'^prune\.units="mlp": it is a list; write prune\.units=\["mlp"\]'),
         ("prune.units=mlp,attention", r'write prune\.units=\["mlp", "attention"\]$'),
+        ("prune.units=[mlp, attention]", r'write prune\.units=\["mlp", "attention"\]$'),
+        ("prune.units=heads", r"^prune\.units\.0=\"heads\": .*'mlp', 'attention', 'layer', .*; choose one of them$"),
+        (
+            "prune.units=[]",
+            r"mlp, attention or both, or experts .*; layer goes beside one .* set method\.name=block_influ",
+        ),
+        ("prune.budget=kv_cache", r"budget=kv_cache is spent on attention.*; set prune\.units=\['attention'\]$"),
         ("prune.protect=0", r"it is a list; write prune\.protect=\[0\]$"),
         ("evaluate.prompts=Well, then", r'it is a list; write evaluate\.prompts=\["Well, then"\]$'),
         ('evaluate.prompts=[""]', r'^evaluate\.prompts\.0="": .*at least 1 character; write some or leave it out'),
         ("compare=wanda", r'it is a list; write compare=\[\{name = "wanda"\}\]$'),
+        ("compare=[wanda]", r'it is a list; write compare=\[\{name = "wanda"\}\]$'),
+        ("compare={name='wanda'}", r'it is a list; write compare=\[\{name = "wanda"\}\]$'),
         ('compare=["wanda"]', r'^compare\.0="wanda": it is a section; .* compare=\[\{name = "wanda"\}\]$'),
         ("model=x", r'^model="x": it is a section; set its keys, as in model\.path=VALUE$'),
         ("data.calibration=x.txt", r"it is a section; set its keys, as in data\.calibration\.source=VALUE$"),
@@ -141,6 +155,19 @@ def test_a_complaint_names_key_value_and_rule(override: str, message: str, toml:
     with pytest.raises(ConfigError, match=message) as complaint:
         load(toml, [override])
     assert "\n" not in str(complaint.value)
+
+
+@pytest.mark.parametrize("units", ["residual", "experts"])
+def test_time_is_a_budget_of_neurons_and_heads(units: str, toml: Path) -> None:
+    """Said before anything else, which would lead from one impossible value to the next."""
+    for allocation in ("uniform", "sensitivity"):
+        with pytest.raises(ConfigError, match=r"budget=latency is for neurons and heads.*; set prune\.budget=units or"):
+            load(toml, ["prune.budget=latency", f"prune.units=['{units}']", f"prune.allocation={allocation}"])
+
+
+def test_a_remedy_stands_alone(toml: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set prune\.rounds=1 or prune\.allocation=global$"):
+        load(toml, ["prune.allocation=sensitivity", "prune.rounds=2"])
 
 
 def test_sensitivity_takes_one_round(toml: Path) -> None:

@@ -84,14 +84,15 @@ class RecordConfig(Section):
     """Sampled tokens per site whose signals are stored (the graphs are built on them)."""
     shard_sequences: Annotated[int, Field(ge=0)] = 0
     """Sequences per shard, the unit of work and of resumption; it does not depend on the workers. 0 means a 16th of
-    the calibration sequences, but at least 8. Every shard stores N * N * 4 bytes of moments per layer of N neurons
-    (15.5 GB for a 7B model); ``cria estimate`` says when larger shards are wise."""
+    the calibration sequences, but at least 8. Every shard stores a little more than N * N * 2 bytes of moments per
+    layer of N neurons (8.1 GB for a 7B model); ``cria estimate`` says when larger shards are wise."""
     batch_sequences: Annotated[int, Field(ge=1)] = 4
     """Sequences per forward pass."""
     dtype: RecordDtype = "auto"
     """Data type of stored signals; ``auto`` is the model's. float16 that overflows is an error, never silent."""
     schedule: Literal["auto", "replicate", "sweep", "pipeline", "tensor"] = "auto"
-    """How the model is spread over the workers; ``auto`` decides by size, devices and memory, and prints why."""
+    """How the model is spread over the workers; ``auto`` decides by size, devices and memory, and prints why. It never
+    takes ``tensor``, which agrees with the others to 1e-6 only: a result would depend on the number of workers."""
     memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Memory one worker may use, in GB; default: what its device (or its share of the machine) has."""
     storage: str | None = None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cria_dist.config.section import Section
 
@@ -11,16 +11,23 @@ Allocation = Literal["uniform", "global", "sensitivity"]
 Unit = Literal["mlp", "attention", "layer", "residual", "experts"]
 
 
+def _share(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError("a share is greater than 0 and less than 1; write 0.2 for 20 %")
+    return value
+
+
 class PruneConfig(Section):
     """How much is removed and how it is repaired."""
 
-    ratio: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    ratio: Annotated[float, AfterValidator(_share)] = 0.2
     """Share to remove; see ``budget`` for the share of what."""
     units: tuple[Unit, ...] = ("mlp",)
     """What goes: MLP neurons, ``attention`` heads (KV groups: heads of keys and values with all query heads that read
     them), ``experts`` of a mixture (of every layer the same number), and whole layers beside them (``layer``, by
     ``sensitivity``). Several share one budget. ``residual``, alone: dimensions of the residual stream, the same ones of
-    every layer."""
+    every layer. Groups and experts go whole, and what stays is rounded down: of 4 KV groups a ratio of 0.1 takes one,
+    a quarter, from every layer of a ``uniform`` allocation; a run that takes much more than its ratio says so."""
     budget: Literal["units", "parameters", "macs", "kv_cache", "latency"] = "units"
     """``units``: share of the neurons of every site, of the layers where whole layers go, or of the weights of every
     MLP map where single weights become zero. ``parameters``: share of all parameters of the dense model. ``macs``:
@@ -60,9 +67,29 @@ class PruneConfig(Section):
         return tuple(sorted(unit for unit in self.units if unit != "layer"))
 
     @model_validator(mode="after")
+    def _time_is_measured(self) -> Self:
+        other = [unit for unit in self.units if unit in ("residual", "experts")]
+        if self.budget == "latency" and other:
+            raise ValueError(
+                f"budget=latency is for neurons and heads, and whole layers beside them, and units={list(self.units)} "
+                f"are other ones; set prune.budget=units or parameters"
+            )
+        if self.budget == "latency" and self.allocation != "sensitivity":
+            raise ValueError(
+                "budget=latency weighs measured times against measured losses of neurons and heads (and whole layers "
+                f"beside them), and allocation={self.allocation}; set prune.allocation=sensitivity with a method that "
+                "removes neurons, or set prune.budget=units, parameters or macs"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _units_share_a_budget(self) -> Self:
         if not self.parts or len(set(self.units)) < len(self.units) or ("residual" in self.units[1:]):
-            raise ValueError(f"units={list(self.units)} must name mlp, attention or both, each once, or residual alone")
+            raise ValueError(
+                f"units={list(self.units)} must name mlp, attention or both, or experts (of mixtures), each once; "
+                "layer goes beside one of them, residual stands alone. For whole layers only, set "
+                "method.name=block_influence and leave prune.units out"
+            )
         local = self.repair in ("none", "least_squares")
         if "residual" in self.units and (len(self.units) > 1 or self.allocation != "uniform" or not local):
             raise ValueError(
@@ -81,20 +108,13 @@ class PruneConfig(Section):
                 "prune.budget=parameters or macs"
             )
         if self.budget == "kv_cache" and self.units != ("attention",):
-            raise ValueError(f"budget=kv_cache is spent on attention, and units={list(self.units)}; set attention")
+            raise ValueError(
+                f"budget=kv_cache is spent on attention, and units={list(self.units)}; set prune.units=['attention']"
+            )
         if self.repair == "bias" and "attention" in self.units:
             raise ValueError(
                 f"repair=bias needs a bias in every output map, and units={list(self.units)} has attention, whose maps "
                 "stay without; set prune.repair=least_squares"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _time_is_measured(self) -> Self:
-        if self.budget == "latency" and self.allocation != "sensitivity":
-            raise ValueError(
-                f"budget=latency weighs measured times against measured losses, and allocation={self.allocation}; set "
-                "prune.allocation=sensitivity"
             )
         return self
 

@@ -105,6 +105,13 @@ RESIDUAL = tuple(
 )
 """Families that can lose dimensions of the residual stream."""
 
+CONVERTERS = {
+    "resnet": "resnet_bottleneck.convert makes a known model of torchvision's weights of ResNet-50, 101 or 152, and "
+    "resnet_cifar.convert of those for CIFAR",
+    "vgg": "vgg_cifar.convert makes a known model of weights for CIFAR (VGG-11 to 19 with batch norm)",
+}
+"""Below ``cria_dist.models``, what makes a checkpoint of a known family; by the types of models that are not known."""
+
 
 def family_of(config: ModelDict) -> MlpFamily:
     """The adapter for a checkpoint: the family's own, or one for all that look like Llama's MLP.
@@ -119,6 +126,16 @@ def family_of(config: ModelDict) -> MlpFamily:
     if found is None:
         raise ConfigError(
             f"model family {model_type!r} is not known; known families: {', '.join(sorted(FAMILIES))}, and decoders "
-            "whose layers all have mlp.gate_proj, mlp.up_proj and mlp.down_proj"
+            f"whose layers all have mlp.gate_proj, mlp.up_proj and mlp.down_proj{_hint(config)}"
         )
     return found
+
+
+def _hint(config: ModelDict) -> str:
+    """What may be done about a model that is near to a known one."""
+    converter, text = CONVERTERS.get(str(config.get("model_type"))), config.get("text_config") or {}
+    if converter is not None:
+        return f"; cria_dist.models.{converter}"
+    if FAMILIES.get(str(text.get("model_type"))) or generic_family(text):
+        return f"; its text part is, as {text['model_type']!r}: save that as a checkpoint of its own"
+    return ""

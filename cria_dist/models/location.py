@@ -67,5 +67,15 @@ def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"model.path={path!r} is neither a directory nor reachable on the hub ({reason}); check the name"
+            f"model.path={path!r} is neither a directory nor reachable on the hub ({reason}); {hub_remedy()}, "
+            "and give the directory"
         ) from error
+
+
+def hub_remedy(kind: str = "model") -> str:
+    """What to do about a name that the hub does not answer to; ``kind`` is ``model`` or ``dataset``."""
+    from huggingface_hub import constants
+
+    option = "" if kind == "model" else f" --repo-type {kind}"
+    offline = "HF_HUB_OFFLINE=1 forbids downloads: unset it, " if constants.HF_HUB_OFFLINE else ""
+    return f"{offline}check the name, or download it first (hf download{option}; gated ones want a token)"

@@ -84,7 +84,7 @@ def analysts_at_a_time(size: int, available: int, workers: int) -> int:
 
 def widest_site(family: MlpFamily, config: ModelDict, parts: Collection[str]) -> int:
     """Most signals of a site."""
-    return max(width * family.span(site, config) for site, width in family.widths(config, parts).items())
+    return max((width * family.span(site, config) for site, width in family.widths(config, parts).items()), default=0)
 
 
 class Analyst:

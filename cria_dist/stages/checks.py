@@ -1,38 +1,57 @@
 """Rules that the parts of a configuration must keep between them, checked before anything is computed."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
+from cria_dist.maths.allocation import width_after_round
 from cria_dist.methods import Method
 from cria_dist.methods.gates import GateMethod
-from cria_dist.models import residual
+from cria_dist.models import experts, residual
 from cria_dist.models.mlp import MlpFamily
-from cria_dist.records import Site, Stage
+from cria_dist.records import Site
+from cria_dist.stages.budget import multiple_of
 from cria_dist.stages.check_experts import check_experts
 from cria_dist.stages.check_residual import check_residual
-from cria_dist.stages.footprint import in_units, itemsize
-
-log = logging.getLogger(__name__)
 
 
 def check_methods(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[str, int]) -> None:
-    """Every site must be large enough for every method, in the last round too."""
-    scored = kept if config.prune.rounds > 1 else {site.key: width for site, width in widths.items()}
+    """Every site must be large enough for every method; compared ones score the dense model, in one round."""
+    dense = {site.key: width for site, width in widths.items()}
+    _check_sizes(config.method, _least_scored(config, widths, kept))
+    for method in config.compare:
+        _check_sizes(method, dense)
     for method in (config.method, *config.compare):
-        for key, width in scored.items():
-            smallest = method.smallest_site if Site.from_key(key).part == "mlp" else method.smallest_group_site
-            if width < smallest:
-                raise ConfigError(
-                    f"{method.title} needs at least {smallest} units and {key} has {width}; lower method.neighbours"
-                )
         if "gradients" in method.needs:
             _check_gradients(config, method)
         if isinstance(method, GateMethod):
             _check_gates(config, method)
+
+
+def _least_scored(config: RunConfig, widths: Mapping[Site, int], kept: Mapping[str, int]) -> dict[str, int]:
+    """Units per site that enter the last round, or the fewest that may where the budget is not spread evenly."""
+    prune = config.prune
+    if prune.rounds == 1:
+        return {site.key: width for site, width in widths.items()}
+    if prune.allocation != "uniform":
+        return dict(kept)
+    return {
+        site.key: width_after_round(width, kept[site.key], prune.rounds, prune.rounds - 2, multiple_of(prune, site))
+        for site, width in widths.items()
+    }
+
+
+def _check_sizes(method: Method, scored: Mapping[str, int]) -> None:
+    for key, width in scored.items():
+        mlp = Site.from_key(key).part == "mlp"
+        smallest = method.smallest_site if mlp else method.smallest_group_site
+        if width < smallest:
+            raise ConfigError(
+                f"{method.title} needs at least {smallest} units and {key} has {width} when it is scored; "
+                + ("lower method.neighbours" if mlp else "take another method or set prune.units=mlp")
+            )
 
 
 def _check_gradients(config: RunConfig, method: Method) -> None:
@@ -72,25 +91,20 @@ def _check_gates(config: RunConfig, method: GateMethod) -> None:
 def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
     """What is to be removed must be known of the family, and of every method."""
     units, methods = config.prune.units, (config.method, *config.compare)
-    unknown = sorted({*config.prune.parts} - {*family.parts, *residual.PARTS})
-    if unknown and not (units == ("mlp",) and all(method.unit == "layer" for method in methods)):
-        reason = f" ({obstacle})" if (obstacle := family.obstacle(unknown[0])) else ""
+    _check_known(config, family)
+    other = [one for one in methods if one.unit != "mlp"]
+    if config.prune.budget == "latency" and other:
+        remedy = "take another method" if other[0] is config.method else "leave it out of compare"
         raise ConfigError(
-            f"prune.units={list(units)}: of model_type {family.model_type!r}, {', '.join(family.parts)} can be pruned, "
-            f"{unknown[0]} cannot{reason}; leave it out"
-        )
-    beside = [one.title for one in config.compare if one.unit != "mlp"]
-    if config.prune.budget == "latency" and beside:
-        raise ConfigError(
-            f"prune.budget=latency counts what units inside layers cost, which {beside[0]} does not remove; leave it "
-            "out of compare, or set prune.budget=parameters"
+            f"prune.budget=latency counts what units inside layers cost, which {other[0].title} does not remove; "
+            f"{remedy}, or set prune.budget=units, parameters or macs with prune.allocation=uniform"
         )
     check_experts(config, family, model_config)
     if residual.UNIT in units:
         check_residual(config, family, model_config)
-    other = [one.title for one in methods if not one.scores_groups]
-    if other and units not in (("mlp",), (residual.UNIT,)):
-        raise ConfigError(f"{other[0]} does not know prune.units={list(units)}; set it to mlp, or take another method")
+    lost = [one.title for one in methods if not one.scores_groups]
+    if lost and units not in (("mlp",), (residual.UNIT,)):
+        raise ConfigError(f"{lost[0]} does not know prune.units={list(units)}; set it to mlp, or take another method")
     if config.prune.budget == "kv_cache" and family.takes != "tokens":
         raise ConfigError(
             f"prune.budget=kv_cache is of models that write text, and model_type {family.model_type!r} takes "
@@ -108,25 +122,23 @@ def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str,
         )
 
 
-def warn_of_memory(config: RunConfig, parameters: int, until: Stage) -> None:
-    """Recording needs a block of layers at a time; what measures losses or gradients has the whole model in a worker.
-
-    A warning, for ``record.memory_gb`` may be less than what there is.
-    """
-    needed, given = parameters * itemsize(config.model.dtype), config.record.memory_gb
-    whole = ["evaluate (hence prune)"] if until == "evaluate" else []
-    if config.prune.allocation != "uniform" and until not in ("record", "analyse"):
-        whole.append(f"prune.allocation={config.prune.allocation}")
-    if until != "record":
-        whole += [one.title for one in (config.method, *config.compare) if one.needs & {"gradients", "gates"}]
-    if given is not None and needed > given * 1e9 and whole:
-        log.warning(
-            "%s: a worker holds the whole model, %s, and record.memory_gb=%g; take a larger device, or stop before it "
-            "(cria apply, cria recover) and evaluate elsewhere",
-            whole[0],
-            in_units(needed),
-            given,
+def _check_known(config: RunConfig, family: MlpFamily) -> None:
+    """The family must have such units, but where whole layers go."""
+    units, methods = config.prune.units, (config.method, *config.compare)
+    unknown = sorted({*config.prune.parts} - {*family.parts, *residual.PARTS})
+    if not unknown or (units == ("mlp",) and all(method.unit == "layer" for method in methods)):
+        return
+    if experts.PART in family.parts and unknown == ["mlp"]:
+        raise ConfigError(
+            f"prune.units={list(units)}: model_type {family.model_type!r} is a mixture, whose neurons stay; set "
+            "prune.units=['experts'] with method.name=activation (or magnitude, taylor, random; in compare too) and "
+            "prune.repair=none, or set prune.units=['attention']"
         )
+    reason = f" ({obstacle})" if (obstacle := family.obstacle(unknown[0])) else ""
+    raise ConfigError(
+        f"prune.units={list(units)}: of model_type {family.model_type!r}, {', '.join(family.parts)} can be pruned, "
+        f"{unknown[0]} cannot{reason}; leave it out"
+    )
 
 
 def check_sampling(config: RunConfig, positions: int) -> None:

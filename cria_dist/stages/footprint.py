@@ -119,8 +119,9 @@ class Workload:
 def shard_sequences(config: RunConfig) -> int:
     """Sequences per shard; unless set, a 16th of the calibration set and at least 8.
 
-    Moments are stored per shard and site, N * N * 4 bytes each, whatever the shard's length: a set of any size has at
-    most 16 of them. The number of workers must not matter, or results would depend on it.
+    Moments are stored per shard and site, a little more than N * N * 2 bytes each (half of a symmetric matrix),
+    whatever the shard's length: a set of any size has at most 16 of them. The number of workers must not matter, or
+    results would depend on it.
     """
     return config.record.shard_sequences or max(8, math.ceil(config.data.calibration_sequences / 16))
 

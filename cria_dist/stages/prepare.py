@@ -13,14 +13,10 @@ from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
 from cria_dist.records import Stage
-from cria_dist.stages import checks
-from cria_dist.stages.budget import fewest_units, final_widths
+from cria_dist.stages import cautions, checks
 from cria_dist.stages.check_disk import check_disk
-from cria_dist.stages.check_layers import check_layer_methods
-from cria_dist.stages.check_recovery import check_recovery
-from cria_dist.stages.check_takes import check_takes
+from cria_dist.stages.check_model import check_model
 from cria_dist.stages.check_tensors import check_tensors
-from cria_dist.stages.decide_weights import check_weight_methods
 from cria_dist.stages.inputs import corpus_cuts
 from cria_dist.stages.job import Job
 from cria_dist.stages.loaders_vllm import python_with_vllm
@@ -47,23 +43,14 @@ def prepare(config: RunConfig, until: Stage = "evaluate") -> Job:
     model_dir = location.locate(config.model.path, config.model.revision)
     model_config = checkpoint.read_config(model_dir)
     family = family_of(model_config)
-    check_takes(config, family, model_config, until)
     check_tensors(model_dir, family, model_config)
-    checks.check_units(config, family, model_config)
-    widths = family.widths(model_config, config.prune.parts)
     dense_parameters = checkpoint.count_parameters(model_config)
-    evenly = config.prune.allocation == "uniform"
-    if not evenly or any(method.unit == "mlp" for method in (config.method, *config.compare)):
-        kept = (final_widths if evenly else fewest_units)(config, family, model_config, dense_parameters)
-        family.narrowed(model_config, kept, config.prune.repair == "bias")
-        checks.check_methods(config, widths, kept)
-    check_layer_methods(config, family, model_config, dense_parameters)
-    check_weight_methods(config, family, model_config, dense_parameters)
-    check_recovery(config, family, model_config)
-    checks.check_sampling(config, family.positions(model_config, config.data.sequence_length))
-    checks.warn_of_memory(config, dense_parameters, until)
+    check_model(config, family, model_config, dense_parameters, until)
+    cautions.warn_of_memory(config, dense_parameters, until)
+    cautions.warn_of_recovery(config, family, model_config, dense_parameters, until)
     places.check(config.record.storage)
     digests = {"model": checkpoint.fingerprint(model_dir)}
+    widths = family.widths(model_config, config.prune.parts)
     job = Job(config, folder, model_dir, model_config, family, widths, dense_parameters, digests)
     return replace(job, digests=_write_inputs(job))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cria_dist.config import CorpusConfig
 from cria_dist.errors import ConfigError, DataError
+from cria_dist.models.location import hub_remedy
 from cria_dist.stages.lines import Rows, json_rows, paragraphs, tab_rows
 
 SEPARATOR = "\n\n"
@@ -106,7 +107,7 @@ def hub_rows(corpus: CorpusConfig) -> Rows:
         raise DataError(
             f"source={corpus.source!r} (subset {corpus.subset!r}, split {corpus.split!r}, revision "
             f"{corpus.revision!r}) is neither a local file nor a hub data set that can be read here ({reason}); "
-            "check the name, or give a local file"
+            f"{hub_remedy('dataset')}, and give a local file"
         ) from error
 
 

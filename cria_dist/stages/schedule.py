@@ -21,8 +21,10 @@ from cria_dist.stages.footprint import Footprint, Workload, in_units
 from cria_dist.stages.record import ShardWork
 
 Kind = Literal["replicate", "pipeline", "sweep", "tensor"]
-KINDS: tuple[Kind, ...] = ("replicate", "pipeline", "sweep", "tensor")
-"""In the order ``auto`` tries them: the first moves the fewest bytes."""
+AUTO: tuple[Kind, ...] = ("replicate", "pipeline", "sweep")
+"""In the order ``auto`` tries them: the first moves the fewest bytes. All give the same bytes, with any workers;
+``tensor`` agrees to 1e-6 only, so that what is recorded would depend on them: it must be asked for."""
+KINDS: tuple[Kind, ...] = (*AUTO, "tensor")
 Layout = tuple[tuple[Block, ...], int]
 """Blocks, and the workers that share a layer."""
 
@@ -54,7 +56,7 @@ def choose(config: RunConfig, model_config: ModelDict, pool: Pool) -> Schedule:
 
 
 def decide(work: Workload, workers: int, available: int, wanted: Kind | Literal["auto"] = "auto") -> Schedule:
-    """The schedule asked for, or the first that fits of replicate, pipeline, sweep, tensor.
+    """The schedule asked for, or the first that fits of replicate, pipeline, sweep.
 
     Args:
         work: model and recording, in numbers.
@@ -69,7 +71,7 @@ def decide(work: Workload, workers: int, available: int, wanted: Kind | Literal[
         _check_workers(work, workers, wanted)
     need = work.footprint(Block(0, work.layers, work.layers))
     why = f"{need} {'fit' if need.total <= available else '>'} {in_units(available)} per worker"
-    for kind in KINDS if wanted == "auto" else (wanted,):
+    for kind in AUTO if wanted == "auto" else (wanted,):
         layout = best_layout(kind, work, workers, available)
         if layout is not None and peak(work, *layout).total <= available:
             return Schedule(kind, layout[0], f"{why}; {in_words(kind, layout, workers)}", layout[1])
@@ -183,7 +185,7 @@ def _check_workers(work: Workload, workers: int, kind: Kind) -> None:
 
 def _nothing_fits(work: Workload, workers: int, available: int, wanted: Kind | Literal["auto"]) -> str:
     """The smallest layout there is, what it needs, and what to do."""
-    smallest = [best_layout(kind, work, workers, 0) for kind in (KINDS if wanted == "auto" else (wanted,))]
+    smallest = [best_layout(kind, work, workers, 0) for kind in (AUTO if wanted == "auto" else (wanted,))]
     blocks, ranks = min((layout for layout in smallest if layout), key=lambda layout: peak(work, *layout).total)
     need = peak(work, blocks, ranks)
     what = "one layer" if len(blocks) == work.layers else f"record.schedule={wanted}"
@@ -193,5 +195,14 @@ def _nothing_fits(work: Workload, workers: int, available: int, wanted: Kind | L
     return (
         f"{what}{sharing} needs {in_units(need.total)} per worker ({need}) and there are {in_units(available)}; "
         f"{other}{dtype}lower record.batch_sequences or record.shard_sequences, or raise record.memory_gb "
-        "or the memory of the workers"
+        f"or the memory of the workers{_tensor_fits(work, workers, available) if wanted == 'auto' else ''}"
     )
+
+
+def _tensor_fits(work: Workload, workers: int, available: int) -> str:
+    """What must be asked for, where it would help."""
+    layout = best_layout("tensor", work, workers, available)
+    if layout is None or (need := peak(work, *layout)).total > available:
+        return ""
+    shared = in_words("tensor", layout, workers)
+    return f"; record.schedule=tensor would fit ({shared}: {in_units(need.total)}), with results equal to 1e-6 only"

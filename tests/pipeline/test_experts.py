@@ -217,7 +217,7 @@ def test_experts_share_a_budget_with_layers_and_groups(
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({"units": ["mlp"]}, {}, "attention, experts can be pruned, mlp cannot; leave it out"),
+    ({"units": ["mlp"]}, {}, r"is a mixture, whose neurons stay; set prune\.units="),
     ({"ratio": 0.9}, {}, "leaves 0 of 6 units"),
     ({"ratio": 0.8}, {}, r"1 experts would be left in a layer, every token goes through 2"),
     ({"repair": "least_squares"}, {}, r"set prune\.repair=none, prune\.allocation=uniform"),

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from cria_dist.config import RunConfig
-from cria_dist.errors import ConfigError
+from cria_dist.errors import ConfigError, CriaError
 from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
 from cria_dist.models.sizes import sizes_of
 from cria_dist.stages import probe
-from cria_dist.stages.estimate import estimate, workers_assumed
-from cria_dist.stages.footprint import Workload, num_shards, shard_sequences
+from cria_dist.stages.estimate import estimate
+from cria_dist.stages.estimate_time import workers_assumed
+from cria_dist.stages.footprint import Workload, in_units, num_shards, shard_sequences
 from cria_dist.store.moments import stored_bytes
 
 RunConfigMaker = Callable[..., RunConfig]
@@ -73,6 +74,68 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert str(found["schedule"]).startswith("pipeline: 13.2 GB of weights + 15.5 GB of moments")
     assert str(found["memory.evaluate"]).startswith("22.1 GB, does not fit: a worker holds the whole model")
     assert found["analyst_memory_bytes"] == 6 * 4 * 4096 * 11008
+
+
+def test_what_is_left_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    config = large(run_config, tmp_path, LLAMA_7B)
+    found = estimate(config)
+    assert found["left.units_per_site"] == 8256  # of 11,008 at a quarter
+    left = 6_738_415_616 - 32 * 3 * 4096 * (11008 - 8256)
+    assert found["left.parameters"] == left
+    frozen = 2 * 32000 * 4096
+    recovery = 16 * (left - frozen) + 4 * frozen + 2 * 6_738_415_616
+    assert str(found["memory.recover"]).startswith(
+        f"{in_units(recovery)} per worker, without activations, does not fit"
+    )
+    assert "recover.strategy='fsdp2' with more workers" in str(found["memory.recover"])
+    assert str(found["seconds.basis"]).startswith("record only, not scores, evaluation or recovery; 8 workers as fast")
+    without = config.recover.model_copy(update={"steps": 0})
+    assert "memory.recover" not in estimate(config.model_copy(update={"recover": without}))
+
+
+def test_what_is_left_is_a_budget_where_layers_differ(run_config: RunConfigMaker, pico: Path, tmp_path: Path) -> None:
+    del pico
+    found = estimate(run_config(tmp_path, prune={"allocation": "global"}))
+    assert found["left.budget"] == "0.75 of what prune.budget=units measures, spread by prune.allocation=global"
+    found = estimate(run_config(tmp_path, method={"name": "block_influence"}, prune={"ratio": 0.5}))
+    assert found["left.layers"] == 1
+
+
+def test_a_mixture_without_sites(make_model: Callable[..., Path], run_config: RunConfigMaker, tmp_path: Path) -> None:
+    """Whole layers go, and there are no neurons to observe."""
+    model = {"path": str(make_model(tmp_path / "model", "mixtral", num_local_experts=4, num_experts_per_tok=2))}
+    found = estimate(run_config(tmp_path, model=model, method={"name": "block_influence"}, prune={"ratio": 0.5}))
+    assert (found["sites"], found["units_per_site"], found["left.layers"]) == (0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prune": {"ratio": 0.99}}, r"leaves 0 of 48 units"),
+        (
+            {"prune": {"ratio": 0.5, "budget": "parameters", "units": ["attention"]}},
+            r"more than the prunable units hold",
+        ),
+        ({"prune": {"units": ["attention"]}, "method": {"name": "block_influence"}}, r"does not know prune\.units"),
+        ({"prune": {"units": ["experts"]}}, r"experts cannot; leave it out"),
+    ],
+)
+def test_what_a_run_refuses_is_not_estimated(
+    changes: dict[str, Any], message: str, run_config: RunConfigMaker, tmp_path: Path
+) -> None:
+    with pytest.raises(CriaError, match=message):
+        estimate(run_config(tmp_path, **{"method": {"name": "activation"}, **changes}))
+
+
+def test_a_classifier_without_labels_ends_early(
+    make_classifier: Callable[..., Path], run_config: RunConfigMaker, tmp_path: Path
+) -> None:
+    images = {"source": "x.parquet", "format": "images", "field": "image"}
+    model = {"path": str(make_classifier(tmp_path / "model"))}
+    data = {"calibration": images, "test": images}
+    found = estimate(run_config(tmp_path, model=model, data=data, record={"tokens": 100}))
+    assert str(found["ends_with"]).startswith("apply: recover and evaluate (hence prune) need data.calibration.label")
+    assert "memory.recover" not in found
 
 
 def test_a_sequential_repair_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:

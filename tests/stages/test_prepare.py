@@ -13,9 +13,10 @@ from cria_dist import files
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, CriaError, DataError, PlanError
 from cria_dist.models import checkpoint
-from cria_dist.records import Site, Stage
+from cria_dist.records import Site
+from cria_dist.stages.budget import final_widths
 from cria_dist.stages.estimate import bytes_of_run, estimate
-from cria_dist.stages.prepare import final_widths, prepare, run_folder
+from cria_dist.stages.prepare import prepare, run_folder
 
 RunConfigMaker = Callable[..., RunConfig]
 
@@ -128,6 +129,16 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CriaError], str]] = {
         ConfigError,
         r"prune\.budget=latency counts .*, which .* does not remove; leave it out of compare, or set prune\.budget",
     ),
+    "latency of whole layers": (
+        {"prune": {"budget": "latency", "allocation": "sensitivity"}, "method": {"name": "block_influence"}},
+        ConfigError,
+        r"prune\.budget=latency counts .*block_influence does not remove; take another method, or set ",
+    ),
+    "a multiple wider than a layer": (
+        {"prune": {"multiple": 1000}},
+        ConfigError,
+        r"prune\.multiple=1000 is more than the 48 units of layer-000\.mlp; lower prune\.multiple to at most 48",
+    ),
     "unknown text": (
         {"data": {"calibration": {"source": "builtin:nothing"}}},
         ConfigError,
@@ -187,10 +198,10 @@ def test_more_tokens_than_positions(
         with pytest.raises(ConfigError, match=f"{key} is more than the 64 positions the model has .*lower it"):
             prepare(run_config(tmp_path, model={"path": str(learned)}, **changes))
     prepare(run_config(tmp_path, model={"path": str(learned)}, evaluate={"new_tokens": 65}), "apply")
-    assert not caplog.records
+    assert not [one for one in caplog.messages if "positions" in one]
     rotary = make_model(tmp_path / "rotary", max_position_embeddings=64)
     prepare(run_config(tmp_path, model={"path": str(rotary)}, data=data, recover={"steps": 0}))
-    (warned,) = caplog.messages
+    (warned,) = [one for one in caplog.messages if "positions" in one]
     assert warned.startswith("data.sequence_length=72 is more than the 64 positions")
 
 
@@ -224,34 +235,6 @@ def test_no_disk_space(run_config: RunConfigMaker, tmp_path: Path, monkeypatch: 
     assert not job.folder.exists()
     monkeypatch.setattr(files, "free_bytes", lambda path: needed)
     assert prepare(config).folder.is_dir()
-
-
-@pytest.mark.parametrize(
-    ("until", "changes", "named"),
-    [
-        ("evaluate", {}, "evaluate (hence prune)"),
-        ("recover", {}, None),
-        ("decide", {"prune": {"allocation": "sensitivity"}}, "prune.allocation=sensitivity"),
-        ("analyse", {"method": {"name": "taylor", "sequences": 4}}, "taylor"),
-        ("record", {"method": {"name": "taylor", "sequences": 4}}, None),
-        ("evaluate", {"record": {"memory_gb": 1}}, None),
-    ],
-)
-def test_what_holds_the_whole_model_is_told_beforehand(
-    until: Stage,
-    changes: dict[str, Any],
-    named: str | None,
-    run_config: RunConfigMaker,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    prepare(run_config(tmp_path, **{"record": {"memory_gb": 1e-5}, **changes}), until)
-    found = [one.getMessage() for one in caplog.records if "whole model" in one.getMessage()]
-    if named is None:
-        assert not found
-    else:
-        assert found[0].startswith(f"{named}: a worker holds the whole model, ")
-        assert "kB, and record.memory_gb=1e-05; take a larger device, or stop before it" in found[0]
 
 
 def test_a_folder_that_cannot_be_written(run_config: RunConfigMaker, tmp_path: Path) -> None:

@@ -105,6 +105,22 @@ def test_as_many_workers_as_can_share_every_layer(work: Workload) -> None:
     assert (flow.ranks, flow.homes, flow.after) == (4, {}, {})
 
 
+def test_what_agrees_only_nearly_must_be_asked_for(work: Workload) -> None:
+    """Where only a shared layer would fit, ``auto`` says so and takes nothing."""
+    available = schedule.peak(work, *(schedule.best_layout("tensor", work, 32, 0) or ((), 0))).total
+    smallest = schedule.best_layout("sweep", work, 32, 0)
+    assert smallest is not None
+    assert available < schedule.peak(work, *smallest).total
+    with pytest.raises(
+        ConfigError, match=r"^one layer needs .*; record\.schedule=tensor would fit \(32 workers share "
+    ):
+        decide(work, 32, available)
+    assert decide(work, 32, available, "tensor").ranks == 32
+    with pytest.raises(ConfigError) as refusal:
+        decide(work, 32, available - 1)
+    assert "tensor" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("wanted", "workers", "memory", "message"),
     [

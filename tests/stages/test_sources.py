@@ -171,7 +171,7 @@ def test_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"'org/set' .*revision 'abc123'.*no network.*check the name"):
+    with pytest.raises(DataError, match=r"'org/set' .*revision 'abc123'.*no network.*check the name, or download it "):
         list(documents("org/set", revision="abc123"))
     assert asked == [{"split": "train", "revision": "abc123", "streaming": True}]
 
