@@ -11,17 +11,19 @@ from safetensors.torch import load_file, save_file
 
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, PlanError
-from cria_dist.models import checkpoint
+from cria_dist.models import checkpoint, surgery
 from cria_dist.models.family import family_of
+from cria_dist.models.sizes import sizes_of
 from cria_dist.pipeline import Context, prune
 from cria_dist.records import PruningPlan, Site
 from cria_dist.report.writer import report_from_json
-from cria_dist.stages.decide_depth import layers_to_remove
+from cria_dist.stages.decide_depth import fewest_layers, layers_to_remove
 from cria_dist.stages.evaluate import mean_loss
 from cria_dist.store.places import recorded
 
 RunConfigMaker = Callable[..., RunConfig]
 MakeContext = Callable[..., Context]
+MakeModel = Callable[..., Path]
 BI = {"name": "block_influence"}
 
 
@@ -140,11 +142,47 @@ def test_the_fewest_layers_that_reach_the_budget(deep: Path, run_config: RunConf
     assert layers(2 * macs / (6 * macs + 300 * 32) + 1e-6, "macs") == 3
 
 
+def test_layers_go_until_their_own_sizes_make_up_the_budget() -> None:
+    sizes = [9, 9, 1, 9]
+
+    def order(count: int) -> tuple[int, ...]:
+        return (1, 2, 3, 0)[:count]
+
+    assert [fewest_layers(order, sizes, wanted) for wanted in (0, 9, 9.5, 11)] == [(), (1,), (1, 2), (1, 2, 3)]
+    assert fewest_layers(lambda count: (2,), sizes, 5) == (2,), "a method that spares no more"
+
+
+@pytest.mark.parametrize("method", ["block_influence", "mpruner"])
+def test_a_small_layer_makes_no_others_go(
+    method: str, make_model: MakeModel, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
+) -> None:
+    """Of 6 layers the last has next to no neurons; what goes is the ratio, and no layer more than it takes."""
+    dense = make_model(tmp_path / "dense", num_hidden_layers=6)
+    config = checkpoint.read_config(dense)
+    family = family_of(config)
+    kept = {f"layer-{layer:03d}.mlp": tuple(range(48 if layer < 5 else 4)) for layer in range(6)}
+    surgery.write_pruned(dense, tmp_path / "model", surgery.Surgery(family, config, kept))
+    found = {}
+    for ratio, rounds in ((0.2, 1), (0.4, 1), (0.4, 2), (0.6, 1)):
+        changes = {"ratio": ratio, "rounds": rounds, "budget": "parameters"}
+        settings = {"model": {"path": str(tmp_path / "model")}, "method": {"name": method}}
+        context = make_context(run_config(tmp_path, **settings, prune=changes), until="apply")
+        prune(context, until="apply")
+        plan = found[ratio] = plan_of(context.job.folder / "pruned")
+        largest = max(sizes_of(checkpoint.read_config(tmp_path / "model"), family).layers) / plan.parameters[0]
+        assert ratio <= plan.ratio < ratio + largest
+    assert len(removed(found[0.2])) < len(removed(found[0.4])) < len(removed(found[0.6]))
+    assert removed(found[0.6]) != list(range(5))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prune": {"ratio": 0.9}}, r"takes 6 layers of 6, and one must stay; lower prune\.ratio"),
-        ({"prune": {"ratio": 0.9, "budget": "parameters"}}, r"parameters takes \d+ layers of 6"),
+        (
+            {"prune": {"ratio": 0.9}},
+            r"of the 6 layers is more than .* \(0\.833\), and one must stay; lower prune\.ratio",
+        ),
+        ({"prune": {"ratio": 0.9, "budget": "parameters"}}, r"parameters is more than all layers but the largest hold"),
         ({"record": {"schedule": "tensor"}}, "block_influence reads hidden states.*tensor"),
         ({"method": {"name": "mpruner"}, "record": {"tokens": 47}}, r"mpruner needs 4 sampled .* raise it to 48"),
         ({"method": {"name": "mpruner", "stop": "loss", "held_out": 0.01}}, "leaves 12 to measure on and 0 to judge"),

@@ -50,10 +50,10 @@ class PruneConfig(Section):
     """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix)."""
     allocation: Allocation = "uniform"
     """How the budget is spread over the layers. ``uniform``: the same share of each. ``global``: what scores least
-    anywhere, in shares of its layer's sum, goes first. ``sensitivity``: the loss with each layer alone pruned to a few
-    widths is measured on held-out calibration text, and the widths with the least sum are chosen. The last two never
-    end worse than ``uniform`` on that text, and a checkpoint whose widths differ is loaded by
-    ``cria_dist.load_pruned``, not by the stock class."""
+    anywhere, in shares of its layer's sum, goes first (learned gates as they are: they are bounded alike everywhere).
+    ``sensitivity``: the loss with each layer alone pruned to a few widths is measured on held-out calibration text,
+    and the widths with the least sum are chosen. The last two never end worse than ``uniform`` on that text, in every
+    round, and a checkpoint whose widths differ is loaded by ``cria_dist.load_pruned``, not by the stock class."""
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Least share of a layer's units that stays (``global`` and ``sensitivity``)."""
     protect: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cria_dist.errors import PlanError
 from cria_dist.maths.allocation_curves import Curve
-from cria_dist.maths.allocation_rooms import Room
+from cria_dist.maths.allocation_rooms import Room, least_of_layer
 from cria_dist.maths.knapsack import Menu, choose
 
 
@@ -63,7 +63,9 @@ def mixed_widths(
     if any(found[whole] for whole in keys):
         return found
     # a model has a layer; and where none is missed, the budget alone says how much goes
-    staying = [{**rooms, whole: replace(rooms[whole], smallest=1)} for whole in keys]
+    least = {whole: least_of_layer(rooms, whole, inside[whole]) for whole in keys}
+    possible = [whole for whole in keys if least[whole] <= budget] or [min(least, key=least.__getitem__)]
+    staying = [{**rooms, whole: replace(rooms[whole], smallest=1)} for whole in possible]
     each = [mixed_widths(curves, one, budget, inside, spent=True) for one in staying]
     return min(each, key=lambda widths: _increase(curves, widths, inside))
 

@@ -4,7 +4,7 @@ Sites may differ in what a unit costs and in the multiple of their widths (an ML
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,6 @@ class Room:
         multiple: new widths are multiples of this (the present width always is allowed).
         unit_cost: what a unit takes of the budget, on average where ``measured`` says more.
         measured: (width, cost) in ascending order, where the cost is no multiple of the width (milliseconds).
-        needed: fewest units that the model computes with, floor or not.
     """
 
     width: int
@@ -34,7 +33,6 @@ class Room:
     multiple: int
     unit_cost: float
     measured: tuple[tuple[int, float], ...] = ()
-    needed: int = 1
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -61,7 +59,14 @@ def room(width: int, floor: float, multiple: int, unit_cost: float) -> Room:
     return Room(width, min(width, smallest), multiple, unit_cost)
 
 
-def check_floors(rooms: Mapping[str, Room], budget: float, total: float, ratio: float) -> None:
+def least_of_layer(rooms: Mapping[str, Room], whole: str, inside: Sequence[str]) -> float:
+    """What a layer that stays takes of the budget at the smallest widths of the sites inside it."""
+    return rooms[whole].cost(1) + sum(rooms[key].cost(rooms[key].smallest) for key in inside)
+
+
+def check_floors(
+    rooms: Mapping[str, Room], budget: float, total: float, ratio: float, inside: Mapping[str, Sequence[str]]
+) -> None:
     """Refuse a budget that the smallest widths exceed.
 
     Args:
@@ -69,11 +74,17 @@ def check_floors(rooms: Mapping[str, Room], budget: float, total: float, ratio: 
         budget: cost that may stay at them.
         total: cost of the whole dense model that ``ratio`` is a share of.
         ratio: share to remove.
+        inside: the sites within each whole layer; a layer that may go costs nothing, but one layer stays.
 
     Raises:
         PlanError: the floors keep more than the budget allows.
     """
-    least = sum(one.cost(one.smallest) for one in rooms.values())
+    if inside:
+        layers = {whole: least_of_layer(rooms, whole, keys) for whole, keys in inside.items()}
+        staying = [cost for whole, cost in layers.items() if rooms[whole].smallest]
+        least = sum(staying) if staying else min(layers.values())
+    else:
+        least = sum(one.cost(one.smallest) for one in rooms.values())
     if least > budget + 1e-9 * total:
         most = (budget + ratio * total - least) / total
         raise PlanError(
@@ -83,13 +94,14 @@ def check_floors(rooms: Mapping[str, Room], budget: float, total: float, ratio: 
 
 
 def even_widths(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
-    """The same share of every site that is not protected, floors left aside: what ``uniform`` makes of the budget.
+    """The same share of every site that is not protected, or its smallest width: what ``uniform`` makes of the budget.
 
-    Where a unit is large (a KV group), rounding is coarse: sites are served from the coarsest on, and the finer ones
-    share what is left. A site whose one unit is a whole layer keeps it.
+    What the smallest widths keep beyond the share, the others lose. Where a unit is large (a KV group), rounding is
+    coarse: sites are served from the coarsest on, and the finer ones share what is left. A site whose one unit is a
+    whole layer keeps it.
 
     Raises:
-        PlanError: the share would empty a site.
+        PlanError: the smallest widths cost more than the budget.
     """
     if any(one.measured for one in rooms.values()):
         return _even_by_cost(rooms, budget)
@@ -97,17 +109,31 @@ def even_widths(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
     free = {key: one for key, one in rooms.items() if 0 < one.smallest < one.width}
     for step in sorted({one.multiple * one.unit_cost for one in free.values()}, reverse=True):
         fixed = sum(widths[key] * one.unit_cost for key, one in rooms.items() if key not in free)
-        share = min(1.0, (budget - fixed) / sum(one.width * one.unit_cost for one in free.values()))
+        share = _share(free.values(), budget - fixed)
         for key, one in list(free.items()):
             if one.multiple * one.unit_cost == step:
-                widths[key] = min(one.width, math.floor(one.width * share + 1e-9) // one.multiple * one.multiple)
+                even = math.floor(one.width * share + 1e-9) // one.multiple * one.multiple
+                widths[key] = max(one.smallest, even)
                 del free[key]
-                if widths[key] < one.needed:
-                    left = f"{widths[key]} of the {one.needed} units needed" if widths[key] else "no unit"
-                    raise PlanError(
-                        f"the budget leaves {left} at {key}; lower prune.ratio or prune.multiple={one.multiple}"
-                    )
+    kept = sum(rooms[key].cost(width) for key, width in widths.items())
+    if kept > budget + 1e-9 * sum(one.cost(one.width) for one in rooms.values()):
+        raise PlanError(
+            f"the budget leaves {budget:,.0f}, but the least that must stay costs {kept:,.0f}; lower prune.ratio, "
+            "prune.multiple or prune.floor"
+        )
     return widths
+
+
+def _share(rooms: Iterable[Room], left: float) -> float:
+    """The share of every width, at most 1, that costs what is left where no site gets less than its smallest width."""
+    above, least = sorted(rooms, key=lambda one: one.smallest / one.width), 0.0
+    while above:
+        share = (left - least) / sum(one.width * one.unit_cost for one in above)
+        if above[-1].width * share + 1e-9 >= above[-1].smallest:
+            return min(1.0, share)
+        first = above.pop()  # the first that the share leaves too little
+        least += first.smallest * first.unit_cost
+    return 0.0
 
 
 def _even_by_cost(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
@@ -116,7 +142,7 @@ def _even_by_cost(rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
         widths = {key: one.width for key, one in rooms.items()}
         for key, one in rooms.items():
             if 0 < one.smallest < one.width and permille < 1000:
-                widths[key] = max(1, one.width * permille // 1000 // one.multiple) * one.multiple
+                widths[key] = max(one.smallest, one.width * permille // 1000 // one.multiple * one.multiple)
         if sum(rooms[key].cost(width) for key, width in widths.items()) <= budget:
             return widths
     raise PlanError(f"no even share keeps the budget of {budget:,.2f}; lower prune.ratio or protect fewer layers")

@@ -3,6 +3,7 @@
 Shapes: N units of a site.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -27,7 +28,9 @@ def shares(keep_N: Float64) -> Float64:
     return counted_N / total if total > 0 else counted_N
 
 
-def global_widths(keep: Mapping[str, Float64], rooms: Mapping[str, Room], budget: float) -> dict[str, int]:
+def global_widths(
+    keep: Mapping[str, Float64], rooms: Mapping[str, Room], budget: float, comparable: bool = False
+) -> dict[str, int]:
     """Remove groups of one multiple, the least share of the site's score per cost first, until the budget is kept.
 
     Of equal groups, the one goes whose site has lost least so far, then the first site's: scores that say nothing
@@ -38,6 +41,7 @@ def global_widths(keep: Mapping[str, Float64], rooms: Mapping[str, Room], budget
         keep: score per unit [N] and site, higher means keep, ``-inf`` for the dead.
         rooms: what each site may become.
         budget: cost that may stay at all sites together.
+        comparable: the scores of all sites are on one scale, and stand for themselves in place of their shares.
 
     Returns:
         New width per site.
@@ -52,7 +56,8 @@ def global_widths(keep: Mapping[str, Float64], rooms: Mapping[str, Room], budget
     cost = sum(one.width * one.unit_cost for one in rooms.values())
     tolerance = 1e-9 * cost
     keys = sorted(rooms)
-    steps = (step for order, key in enumerate(keys) for step in _steps(order, keep[key], rooms[key]))
+    scores = keep if comparable else {key: shares(keep[key]) for key in keys}
+    steps = (step for order, key in enumerate(keys) for step in _steps(order, scores[key], rooms[key]))
     for *_, order, width in sorted(steps):
         key = keys[order]
         if cost <= budget + tolerance:
@@ -66,11 +71,12 @@ def global_widths(keep: Mapping[str, Float64], rooms: Mapping[str, Room], budget
     return widths
 
 
-def _steps(order: int, keep_N: Float64, one: Room) -> Iterator[tuple[float, float, int, int]]:
-    """Every removal at a site: score share per cost, share of the site already gone, the site, its width then."""
-    ascending_N = np.sort(shares(keep_N))
-    before = one.width
-    for width in reversed(one.widths[:-1]):
-        group_N = ascending_N[one.width - before : one.width - width]
-        yield float(group_N.mean()) / one.unit_cost, 1 - before / one.width, order, width
-        before = width
+def _steps(order: int, score_N: Float64, one: Room) -> Iterator[tuple[float, float, int, int]]:
+    """Every removal at a site: score per cost, share of the site already gone, the site, its width then."""
+    ascending_N = np.sort(score_N)
+    bounds = one.widths[::-1]
+    means = [ascending_N[one.width - before : one.width - after].mean() for before, after in itertools.pairwise(bounds)]
+    # equal scores may have means that fall in the last digit, and a later removal would come before an earlier one
+    rising = np.maximum.accumulate(means)
+    for score, (before, after) in zip(rising.tolist(), itertools.pairwise(bounds), strict=True):
+        yield score / one.unit_cost, 1 - before / one.width, order, after

@@ -13,11 +13,18 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag, csr_array
 
-from cria_dist.errors import NumericError, PlanError
+from cria_dist.errors import PlanError
 from cria_dist.records import Float64
 
 EXACT_LIMIT = 10_000
-"""Candidates of all sites up to which the exact choice is made (measured: 6,400 in 0.8 s on one core)."""
+"""Candidates of all sites up to which the exact choice is searched (measured: 6,400 in 0.8 s on one core)."""
+NODES = 500
+"""Nodes of the search tree after which the best choice found is taken: sites that are nearly alike can be exchanged at
+next to no loss, and to prove that no exchange helps takes hours. A limit of time would make the choice depend on the
+machine. Measured on 30 layers alike to 3 %: after 500 nodes (6 s) what is found is at most 0.07 % above the least, and
+as good after 200."""
+GAP = 1e-4
+"""Share of the least total loss that a choice may be above it; measured losses say no more."""
 TOLERANCE = 1e-6
 """Rounding that a budget forgives, in units of the smallest difference between costs."""
 
@@ -36,7 +43,7 @@ class Menu:
 
 
 def choose(menus: Sequence[Menu], budget: float) -> list[int]:
-    """One candidate per site: exactly for problems of ordinary size, else greedily; then the rest is filled up.
+    """One candidate per site: by search for problems of ordinary size, else greedily; then the rest is filled up.
 
     Args:
         menus: candidates of every site.
@@ -49,12 +56,17 @@ def choose(menus: Sequence[Menu], budget: float) -> list[int]:
     Raises:
         PlanError: the cheapest candidates cost more than the budget.
     """
-    exact = sum(menu.costs_C.size for menu in menus) <= EXACT_LIMIT
-    return _fill_up(menus, budget, choose_exact(menus, budget) if exact else choose_greedily(menus, budget))
+    small = sum(menu.costs_C.size for menu in menus) <= EXACT_LIMIT
+    choices = (choose_exact, choose_greedily) if small else (choose_greedily,)
+    found = [_fill_up(menus, budget, choice(menus, budget)) for choice in choices]
+    return min(found, key=lambda chosen: _loss(menus, chosen))  # the first of equals
 
 
 def choose_exact(menus: Sequence[Menu], budget: float) -> list[int]:
-    """The least total loss within the budget, by mixed-integer programming (HiGHS).
+    """The least total loss within the budget to ``GAP``, by mixed-integer programming (HiGHS).
+
+    A search that takes more than ``NODES`` nodes ends with the best it has found, or with the greedy choice where it
+    has found nothing.
 
     Args:
         menus: candidates of every site.
@@ -65,7 +77,6 @@ def choose_exact(menus: Sequence[Menu], budget: float) -> list[int]:
 
     Raises:
         PlanError: the cheapest candidates cost more than the budget.
-        NumericError: the solver gave up.
     """
     _check(menus, budget)
     losses, costs = (np.concatenate(values) for values in zip(*((m.losses_C, m.costs_C) for m in menus), strict=True))
@@ -77,10 +88,10 @@ def choose_exact(menus: Sequence[Menu], budget: float) -> list[int]:
         integrality=np.ones_like(losses),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), within],
-        options={"mip_rel_gap": 0.0},
+        options={"mip_rel_gap": GAP, "node_limit": NODES},
     )
     if result.x is None:
-        raise NumericError(f"no allocation was found: {result.message}")
+        return choose_greedily(menus, budget)
     starts = np.cumsum([0, *(menu.costs_C.size for menu in menus)])
     return [int(np.argmax(result.x[start:stop])) for start, stop in itertools.pairwise(starts)]
 
@@ -158,6 +169,10 @@ def _fill_up(menus: Sequence[Menu], budget: float, chosen: list[int]) -> list[in
             return chosen
         _, _, site, other = min(moves)  # of equal gains, the one that spends most
         chosen[site] = other
+
+
+def _loss(menus: Sequence[Menu], chosen: Sequence[int]) -> float:
+    return sum(float(menu.losses_C[index]) for menu, index in zip(menus, chosen, strict=True))
 
 
 def _step(menus: Sequence[Menu]) -> float:

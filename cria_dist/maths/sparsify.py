@@ -12,19 +12,20 @@ from cria_dist.maths import graphs, sketch
 from cria_dist.maths.points import Points
 
 PROJECTIONS = 256
-SMALLEST_SHARE = 1e-6  # of the median squared distance: duplicates would have infinite weight
+SMALLEST_SHARE = 1e-6  # of the median of the squared distances that are not 0: duplicates would have infinite weight
 
 
 def edge_distortion(signals_NM: Array, edges_E2: Array) -> Array:
     """``eta = R_eff / d^2`` of each edge in the graph weighted by ``1 / d^2``, float64 [E]; estimated, sum near N - 1.
 
     Args:
-        signals_NM: signals the graph was built on.
+        signals_NM: signals the graph was built on; not all equal, so that some edge joins different ones.
         edges_E2: edges of a connected graph.
     """
     xp = arrays.namespace(signals_NM)
     squared_E = Points.of(signals_NM).exact(edges_E2[:, 0], edges_E2[:, 1])
-    weights_E = 1 / xp.maximum(squared_E, SMALLEST_SHARE * xp.sort(squared_E)[squared_E.shape[0] // 2])
+    positive = xp.sort(squared_E[squared_E > 0])
+    weights_E = 1 / xp.maximum(squared_E, SMALLEST_SHARE * positive[positive.shape[0] // 2])
     laplacian = graphs.laplacian(edges_E2, signals_NM.shape[0], weights_E)
     return weights_E * sketch.distortion_of_edges(edges_E2, weights_E, laplacian, PROJECTIONS)
 

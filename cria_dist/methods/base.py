@@ -91,6 +91,8 @@ class MethodBase(BaseModel):
     """Whether the method can score experts, of which there are no signals before an activation and no output map."""
     scores_residual: ClassVar[bool] = False
     """Whether the method can score dimensions of the residual stream by what is read there."""
+    comparable: ClassVar[bool] = False
+    """Whether scores of all sites are on one scale, so that one threshold over all of them means something."""
 
     @property
     def title(self) -> str:

@@ -25,8 +25,9 @@ class Eigenvalue(GateMethod):
 
     ``variant = "gates"`` is the paper's pre-training variant, in which phi is frozen (there random, here trained);
     ``"all"`` its post-training variant, in which phi learns too. The paper's threshold is one percentile over all
-    layers, ``prune.allocation = "global"``. Its CIFAR-10 runs have an L1 (1e-5 to 1 per neuron of 512, by cross
-    validation), its MNIST runs none. Its networks are dense ones and a dense head, without BatchNorm.
+    layers, ``prune.allocation = "global"``, which ranks eigenvalues as they are. Its CIFAR-10 runs have an L1 (1e-5 to
+    1 per neuron of 512, by cross validation), its MNIST runs none. Its networks are dense ones and a dense head,
+    without BatchNorm.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2108.00940"

@@ -7,7 +7,7 @@ take it out again; behind the activation a gate of 0 removes exactly this unit, 
 """
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -30,6 +30,9 @@ class GateMethod(MethodBase):
     checkpoint, also where the MLPs learned along (``variant = "all"``), whose learned weights are dropped; the recovery
     trains later. Every round learns again, on the model the last one left.
     """
+
+    comparable: ClassVar[bool] = True
+    """Every gate starts from the same value or share, learns by the same schedule and is a factor of the signal."""
 
     steps: Annotated[int, Field(ge=1)] = 100
     """Optimiser steps."""

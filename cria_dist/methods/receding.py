@@ -30,7 +30,7 @@ class Receding(GateMethod):
     Here it is Adam for a short while; the gates' rate is far above the weights', without weight decay, which would pull
     w to 0, a gate of one half. The paper's shifts, 3 for VGG and 0 for ResNet, put the strongest push at gates of 0.015
     and 0.236; from one half only the second is felt within a short while, hence the default. The paper's threshold is
-    one quantile over all layers, ``prune.allocation = "global"``.
+    one quantile over all layers, ``prune.allocation = "global"``, which ranks gates as they are.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2204.06404"

@@ -19,7 +19,7 @@ from cria_dist.models import depth, experts
 from cria_dist.pipeline import latency
 from cria_dist.pipeline.context import Context
 from cria_dist.records import Site
-from cria_dist.stages.budget import CURVE_TOKENS, HELD_OUT, budget_of, held_out, rooms_of, sites_of
+from cria_dist.stages.budget import CURVE_TOKENS, HELD_OUT, budget_of, held_out, inside_layers, rooms_of, sites_of
 from cria_dist.stages.losses import LossTask, Probe, Trial, adopt, read_losses, trial
 from cria_dist.stages.sensitivity import CurveMeter, PlanMeter
 from cria_dist.store import places, site_scores
@@ -73,7 +73,7 @@ def spread_widths(context: Context, folder: Path, model: "Model", analysis: str,
     spread = _spread(context, folder, model, analysis, index)
     if chosen_by == "global":
         keep = {key: site_scores.read_scores(folder, Site.from_key(key)).keep_N for key in spread.rooms}
-        widths = global_widths(keep, spread.rooms, spread.left)
+        widths = global_widths(keep, spread.rooms, spread.left, context.job.config.method.comparable)
     else:
         widths = _least_loss(_curves(context, spread), spread)
     candidates = {**_evenly(spread), chosen_by: widths}
@@ -86,13 +86,9 @@ def _evenly(spread: Spread) -> dict[str, dict[str, int]]:
     try:
         return {"uniform": even_widths(spread.rooms, spread.left)}
     except PlanError:
-        if not _layers(spread):
+        if not inside_layers(spread.rooms):
             raise
         return {}
-
-
-def _layers(spread: Spread) -> list[str]:
-    return [key for key in spread.rooms if Site.from_key(key).part == depth.PART]
 
 
 def _least_loss(curves: Mapping[str, Curve], spread: Spread) -> dict[str, int]:
@@ -100,9 +96,7 @@ def _least_loss(curves: Mapping[str, Curve], spread: Spread) -> dict[str, int]:
 
     Experts are as many in every layer that stays.
     """
-    inside = {
-        key: [other for other in spread.rooms if other != key and _same_layer(other, key)] for key in _layers(spread)
-    }
+    inside = inside_layers(spread.rooms)
     alike = [key for key in spread.rooms if Site.from_key(key).part == experts.PART]
 
     def solve(rooms: Mapping[str, Room]) -> dict[str, int]:
@@ -111,10 +105,6 @@ def _least_loss(curves: Mapping[str, Curve], spread: Spread) -> dict[str, int]:
         return mixed_widths(curves, rooms, spread.left, inside, spent=bool(alike))
 
     return alike_widths(solve, curves, spread.rooms, alike, inside) if alike else solve(spread.rooms)
-
-
-def _same_layer(key: str, other: str) -> bool:
-    return Site.from_key(key).layer == Site.from_key(other).layer
 
 
 def _spread(context: Context, folder: Path, model: "Model", analysis: str, index: int) -> Spread:
@@ -143,7 +133,7 @@ def _spread(context: Context, folder: Path, model: "Model", analysis: str, index
         digest=files.digest("losses", analysis, [prune.repair, prune.ridge, seen, *numerics]),
     )
     rooms, left = rooms_of(prune, budget, sites, present), budget.left(sites, prune, index)
-    check_floors(rooms, left, budget.total, prune.ratio)
+    check_floors(rooms, left, budget.total, prune.ratio, inside_layers(rooms))
     return Spread(rooms, left, task)
 
 

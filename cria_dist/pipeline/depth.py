@@ -1,7 +1,7 @@
 """Whole layers in a round: measure them shard by shard, judge them together, decide how many go and which."""
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from cria_dist.models.depth import layer_sites
 from cria_dist.models.sizes import sizes_of
 from cria_dist.pipeline import trials
 from cria_dist.pipeline.context import Context
-from cria_dist.records import PruningPlan
+from cria_dist.records import Float64, PruningPlan
 from cria_dist.stages import decide_depth, measure_layers
 from cria_dist.stages.check_layers import measured_sequences
 from cria_dist.stages.footprint import num_shards
@@ -55,9 +55,10 @@ def decide_layers(
     """
     job, prune = context.job, context.job.config.prune
     parameters = sizes_of(job.model_config, job.family).layers
-    count = decide_depth.layers_to_remove(job.config, job.family, job.model_config, job.dense_parameters)
+    sizes, wanted = decide_depth.layer_budget(job.config, job.family, job.model_config, job.dense_parameters)
     there = decide_depth.layers_of(model.plan, len(parameters))
-    gone = len(parameters) - len(there)
+    gone, here = len(sizes) - len(there), [sizes[layer] for layer in there]
+    left = wanted - (sum(sizes) - sum(here))
     total = layer_sums.need_sums(folder, layer_sums.WHOLE, analysis)
     digest = files.digest("decide", analysis, prune.model_dump(include={"ratio", "budget", "rounds"}), index)
 
@@ -66,11 +67,12 @@ def decide_layers(
         return decide_depth.depth_plan(kept, parameters, job.dense_parameters, method.title, digest)
 
     if method.tolerance is None:
-        wanted = decide_depth.removed_after_round(count, prune.rounds, index) - gone
-        plan = without(method.removed(total, wanted))
+        count = gone + len(decide_depth.fewest_layers(functools.partial(method.removed, total), here, left))
+        now = decide_depth.removed_after_round(count, prune.rounds, index) - gone
+        plan = without(method.removed(total, max(0, now)))
     else:
         begin = trials.accepted_before(folder.with_name(f"round-{index - 1:02d}")) if index else 0
-        attempts = list(enumerate(method.attempts(total, count - gone)))[begin:]
+        attempts = list(enumerate(_attempts(method, total, here, left)))[begin:]
         plans = {number: without(removed) for number, removed in attempts if removed}
         sequences = job.config.data.calibration_sequences
         trial = trials.Trial(folder, method.tolerance, sequences - measured_sequences(method, sequences))
@@ -78,6 +80,16 @@ def decide_layers(
         plan = without(()) if accepted is None else plans[accepted]
     files.write_bytes(folder / "plan.json", plan.to_json().encode())
     return plan
+
+
+def _attempts(method: LayerMethod, total: Float64, sizes: Sequence[int], left: float) -> list[tuple[int, ...]]:
+    """The removals that a method would try, each cut where it makes up what is left of the budget."""
+
+    def attempt(number: int, most: int) -> tuple[int, ...]:
+        return method.attempts(total, most)[number]
+
+    numbers = range(len(method.attempts(total, 0)))
+    return [decide_depth.fewest_layers(functools.partial(attempt, number), sizes, left) for number in numbers]
 
 
 def is_settled(method: Method, plan: PruningPlan, model: "Model") -> bool:

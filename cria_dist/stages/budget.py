@@ -1,6 +1,6 @@
 """The budget of a run in numbers: what a unit costs, what the dense model has, and what may stay."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +86,7 @@ def final_widths(
     """Units per site key that the budget leaves when it is spread evenly.
 
     Raises:
-        PlanError: the budget would empty a site.
+        PlanError: the budget would empty a site, or of several kinds of units leave less than the last ones cost.
     """
     widths = {site.key: width for site, width in family.widths(model_config, config.prune.parts).items()}
     prune, budget = config.prune, budget_of(config, family, model_config, dense_parameters)
@@ -138,8 +138,18 @@ def rooms_of(
         needed = budget.needed.get(site, 1)
         smallest = 0 if site.part == depth.PART else max(needed, room(width, prune.floor, multiple, cost).smallest)
         smallest = here if site.layer in protected else min(smallest, here)
-        rooms[site.key] = Room(here, smallest, multiple, cost, budget.measured.get(site, ()), needed)
+        rooms[site.key] = Room(here, smallest, multiple, cost, budget.measured.get(site, ()))
     return rooms
+
+
+def inside_layers(keys: Collection[str]) -> dict[str, list[str]]:
+    """The sites within each whole layer that is a site itself, by keys."""
+    sites = {key: Site.from_key(key) for key in keys}
+    return {
+        whole: [key for key, site in sites.items() if key != whole and site.layer == sites[whole].layer]
+        for whole in sites
+        if sites[whole].part == depth.PART
+    }
 
 
 def fewest_units(
@@ -159,7 +169,7 @@ def fewest_units(
         what = what or f"{config.method.title} removes units of another kind"
         raise ConfigError(
             f"prune.allocation={allocation} compares losses of language models with fewer units, and {what}; "
-            "use prune.allocation=uniform"
+            "use prune.allocation=uniform, and a prune.budget other than latency"
         )
     if num_shards(config) < 2:
         raise ConfigError(
@@ -174,9 +184,7 @@ def fewest_units(
         )
     if prune.budget != "latency":  # times are measured when scores are there
         left = budget.left(dense, prune, prune.rounds - 1)
-        check_floors(rooms, left, budget.total, prune.ratio)
-        if "layer" not in prune.units:
-            even_widths(rooms, left)  # what the result is compared with must be possible too
+        check_floors(rooms, left, budget.total, prune.ratio, inside_layers(rooms))
     return {key: one.smallest for key, one in rooms.items() if Site.from_key(key).part != depth.PART}
 
 

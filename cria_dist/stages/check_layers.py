@@ -22,7 +22,7 @@ def check_layer_methods(
 
     Raises:
         ConfigError: a method cannot work on this model or recording.
-        PlanError: the ratio would remove every layer.
+        PlanError: the ratio might remove every layer.
     """
     methods = [method for method in (config.method, *config.compare) if isinstance(method, LayerMethod)]
     if not methods:

@@ -1,7 +1,6 @@
 """Decide on whole layers: a budget becomes a number of layers, and the layers that stay become a plan."""
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from cria_dist.config import RunConfig
 from cria_dist.errors import PlanError
@@ -12,27 +11,57 @@ from cria_dist.models.sizes import sizes_of
 from cria_dist.records import PruningPlan, Site
 
 
-def layers_to_remove(config: RunConfig, family: MlpFamily, model_config: ModelDict, dense_parameters: int) -> int:
-    """The fewest layers that make up at least ``prune.ratio`` of what ``prune.budget`` measures, whichever they are.
+def layer_budget(
+    config: RunConfig, family: MlpFamily, model_config: ModelDict, dense_parameters: int
+) -> tuple[Sequence[int], float]:
+    """What every layer holds of what ``prune.budget`` measures, and how much of it must go.
 
     Raises:
-        PlanError: no layer would be left.
+        PlanError: it is more than all layers but the largest hold, which may be the one that stays.
     """
     ratio, budget, layers = config.prune.ratio, config.prune.budget, int(model_config["num_hidden_layers"])
-    cost, total = 1, layers
+    sizes, total = [1] * layers, layers
     if budget == "parameters":
-        cost, total = min(sizes_of(model_config, family).layers), dense_parameters
+        sizes, total = list(sizes_of(model_config, family).layers), dense_parameters
     elif budget == "macs":
         length = family.positions(model_config, config.data.sequence_length)
-        cost = min(macs_of_layers(model_config, family, length))
+        sizes = macs_of_layers(model_config, family, length)
         total = macs_per_position(model_config, family, length)
-    count = math.ceil(ratio * total / cost - 1e-9)
-    if count >= layers:
+    wanted, most = ratio * total - 1e-9 * min(sizes), sum(sizes) - max(sizes)
+    if wanted > most:
         share = f"the {layers} layers" if budget == "units" else f"all {total:,} {budget}"
         raise PlanError(
-            f"prune.ratio={ratio:g} of {share} takes {count} layers of {layers}, and one must stay; lower prune.ratio"
+            f"prune.ratio={ratio:g} of {share} is more than all layers but the largest hold ({most / total:.3f}), and "
+            "one must stay; lower prune.ratio"
         )
-    return count
+    return sizes, wanted
+
+
+def layers_to_remove(config: RunConfig, family: MlpFamily, model_config: ModelDict, dense_parameters: int) -> int:
+    """The layers that go if they are the largest: at least so many, whatever a method thinks of them.
+
+    Raises:
+        PlanError: no layer might be left.
+    """
+    sizes, wanted = layer_budget(config, family, model_config, dense_parameters)
+    largest = sorted(range(len(sizes)), key=lambda layer: sizes[layer], reverse=True)
+    return len(fewest_layers(lambda count: tuple(largest[:count]), sizes, wanted))
+
+
+def fewest_layers(removed: Callable[[int], tuple[int, ...]], sizes: Sequence[int], wanted: float) -> tuple[int, ...]:
+    """The least that a method removes to make up what is wanted; where nothing does, all that it would spare.
+
+    Args:
+        removed: the layers that go if so many may.
+        sizes: what every layer holds.
+        wanted: how much must go; none of it, and no layer does.
+    """
+    gone: tuple[int, ...] = ()
+    for count in range(1, len(sizes)):
+        if sum(sizes[layer] for layer in gone) >= wanted:
+            break
+        gone = removed(count)
+    return gone
 
 
 def removed_after_round(count: int, rounds: int, index: int) -> int:

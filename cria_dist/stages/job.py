@@ -8,7 +8,7 @@ from typing import Any
 from cria_dist import files
 from cria_dist.config import Repair, RunConfig
 from cria_dist.models import checkpoint
-from cria_dist.models.mlp import MlpFamily
+from cria_dist.models.mlp import PART, MlpFamily
 from cria_dist.records import Site
 from cria_dist.stages.budget import budget_of, final_widths
 
@@ -115,7 +115,8 @@ class Job:
         shared = self.family.removed_twice(self.model_config, kept)
         if self.config.prune.repair != "bias":
             return shared
-        return shared + sum(self.family.output_bias_cost(self.model_config, len(units)) for units in kept.values())
+        left = [len(units) for key, units in kept.items() if units and Site.from_key(key).part == PART]
+        return shared + sum(self.family.output_bias_cost(self.model_config, width) for width in left)
 
     @property
     def unit_parameters(self) -> dict[str, int]:

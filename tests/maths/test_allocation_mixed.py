@@ -113,3 +113,13 @@ def test_as_many_in_every_layer_and_none_fits():
     rooms = {key: Room(one.width, max(1, one.smallest), one.multiple, one.unit_cost) for key, one in rooms.items()}
     with pytest.raises(PlanError, match="least that must stay"):
         alike_widths(lambda given: mixed_widths(curves, given, 100, INSIDE), curves, rooms, ["a.mlp", "b.mlp"], INSIDE)
+
+
+def test_a_layer_that_is_too_dear_alone_is_not_the_one_that_stays():
+    """Where no layer is missed, each is tried as the one that stays; the first costs 75 at the least, the second 30."""
+    curves, rooms = problem(0)
+    for whole in INSIDE:
+        curves[whole] = Curve(np.array([0.0, 1.0]), np.array([2.0, 2.0]))
+    rooms["b.heads"] = Room(3, 1, 1, 5)
+    found = mixed_widths(curves, rooms, 40, INSIDE)
+    assert found == {"a.block": 0, "a.heads": 0, "a.mlp": 0, "b.block": 1, "b.heads": 3, "b.mlp": 2}

@@ -76,3 +76,20 @@ def test_budget_floors_and_nesting(
     assume(least <= share * less * dense)
     narrower = global_widths(keep, rooms, share * less * dense)
     assert all(narrower[key] <= widths[key] for key in rooms)
+
+
+def test_comparable_scores_are_ranked_as_they_are():
+    """One threshold over all sites: where the gates have receded nearly all units go, and few where they are needed."""
+    rng = np.random.default_rng(0)
+    keep = {"a": rng.uniform(0.005, 0.02, 64), "b": rng.uniform(0.45, 0.9, 64)}
+    rooms = {key: room(64, 0.1, 8, 1.0) for key in keep}
+    assert global_widths(keep, rooms, 128 * 0.6, comparable=True) == {"a": 8, "b": 64}
+    assert global_widths(keep, rooms, 128 * 0.6) == {"a": 32, "b": 40}
+
+
+def test_a_site_of_equal_scores_never_regrows():
+    """Means of 46 and of 48 equal shares differ in the last digit."""
+    keep = {key: np.full(238, 0.3) for key in "ab"}
+    rooms = {key: room(238, 0.0, 48, 1.0) for key in keep}
+    widths = global_widths(keep, rooms, 2 * 238 * 0.8)
+    assert widths == {"a": 144, "b": 192}

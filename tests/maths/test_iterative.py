@@ -198,6 +198,17 @@ def test_sparsification_survives_duplicates():
     assert connected_components(graphs.adjacency(kept, 120), directed=False)[0] == 1
 
 
+def test_sparsification_survives_more_copies_than_others():
+    """Most edges then join equal signals, at no distance."""
+    signals, _ = layer(90)
+    signals[:70] = signals[0]
+    edges = edges_of(signals)
+    assert np.isfinite(sparsify.edge_distortion(signals, edges)).all()
+    kept = sparsify.sparsify(signals, edges, 0.3)
+    assert len(kept) < len(edges)
+    assert connected_components(graphs.adjacency(kept, 90), directed=False)[0] == 1
+
+
 def test_all_zero_rows_and_fewer_tokens_than_neurons():
     signals, _ = layer(200, observations=12)
     signals[[4, 90, 150]] = 0

@@ -1,6 +1,7 @@
 """One candidate per site: exact equals brute force, greedy stays within its bound, budgets are kept and used up."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,3 +115,42 @@ def test_what_cannot_be_kept_names_the_remedy() -> None:
     for choice in (choose_exact, choose_greedily, choose):
         with pytest.raises(PlanError, match=r"leaves 9, .* must stay costs 10; lower prune\.ratio or prune\.floor"):
             choice([one, one], 9)
+
+
+def alike_menus(sites: int) -> list[Menu]:
+    """Neurons and groups of layers whose losses differ by up to 3 %, in the costs of a real model."""
+    rng = np.random.default_rng(0)
+    neurons, groups = np.arange(384.0, 1537, 8), np.arange(1.0, 4)
+    measured = np.append(np.cumsum(rng.exponential(size=6))[::-1], 0.0)
+    bent = np.interp(neurons, np.linspace(384, 1536, 7), measured)
+    steep = np.append(2 * np.cumsum(rng.exponential(size=2))[::-1], 0.0)
+    menus = [Menu(1728 * neurons, bent * rng.uniform(1, 1.03)) for _ in range(sites)]
+    return menus + [Menu(294912 * groups, steep * rng.uniform(1, 1.03)) for _ in range(sites)]
+
+
+def test_sites_that_are_nearly_alike_are_not_searched_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of a few nodes is taken, the same again and no worse than the greedy choice."""
+    searched: list[int] = []
+    real = knapsack.milp
+
+    def counted(*args: Any, **options: Any) -> Any:
+        result = real(*args, **options)
+        searched.append(result.mip_node_count)
+        return result
+
+    monkeypatch.setattr(knapsack, "milp", counted)
+    monkeypatch.setattr(knapsack, "NODES", 10, raising=False)
+    menus = alike_menus(12)
+    budget = 0.5 * sum(float(one.costs_C[-1]) for one in menus)
+    chosen = choose(menus, budget)
+    assert searched == [10]
+    assert cost(menus, chosen) <= budget
+    assert loss(menus, chosen) <= loss(menus, choose_greedily(menus, budget))
+    assert choose(menus, budget) == chosen
+
+
+def test_a_search_that_finds_nothing_leaves_the_greedy_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knapsack, "NODES", 0, raising=False)
+    menus = alike_menus(2)
+    budget = 0.5 * sum(float(one.costs_C[-1]) for one in menus)
+    assert choose_exact(menus, budget) == choose_greedily(menus, budget)

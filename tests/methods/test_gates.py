@@ -98,3 +98,9 @@ def test_the_facts_are_about_the_gates(method, make_statistics):
 def test_knobs_have_bounds(method, knobs):
     with pytest.raises(ValidationError):
         method(**knobs)
+
+
+@every_method
+def test_gates_of_all_layers_are_compared_as_they_are(method):
+    """The papers' one threshold over all gates."""
+    assert method.comparable

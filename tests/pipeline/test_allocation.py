@@ -14,6 +14,7 @@ import torch
 from cria_dist import load_pruned, pipeline
 from cria_dist.config import RunConfig
 from cria_dist.files import read_json
+from cria_dist.methods import Magnitude
 from cria_dist.models import checkpoint, surgery
 from cria_dist.models.family import family_of
 from cria_dist.pipeline import Context, allocation, prune
@@ -251,6 +252,52 @@ def test_two_rounds_of_scores_keep_the_budget(
     folder, _ = carry_out(make_context, config)
     assert 40 <= sum(widths_of(plan_of(folder / "pruned")).values()) <= 48
     assert (folder / "round-01" / allocation.FACTS).is_file()
+
+
+def test_rounds_go_on_where_an_even_share_would_leave_no_group(
+    make_model: Callable[..., Path],
+    run_config: RunConfigMaker,
+    make_context: MakeContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two fifths of the 2 and 3 groups that the first round left: what is compared keeps one of each."""
+    model = make_model(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4)
+    keys = [f"layer-{layer:03d}.attention" for layer in (0, 1)]
+    steps = iter([dict(zip(keys, (2, 3), strict=True)), dict.fromkeys(keys, 1)])
+    monkeypatch.setattr(allocation, "global_widths", lambda *_: next(steps))
+    real = allocation._losses
+    monkeypatch.setattr(
+        allocation,
+        "_losses",
+        lambda *given: {name: loss + (name == "uniform") for name, loss in real(*given).items()},
+    )
+    changes = {"units": ["attention"], "ratio": 0.75, "rounds": 2, "allocation": "global"}
+    config = run_config(tmp_path, model={"path": str(model)}, method=METHOD, prune=changes)
+    folder, _ = carry_out(make_context, config)
+    facts = read_json(folder / "round-01" / allocation.FACTS)
+    assert facts["widths"]["uniform"] == widths_of(plan_of(folder / "pruned")) == dict.fromkeys(keys, 1)
+
+
+@pytest.mark.parametrize("comparable", [False, True])
+def test_the_method_says_whether_scores_are_ranked_as_they_are(
+    comparable: bool,
+    run_config: RunConfigMaker,
+    make_context: MakeContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[bool] = []
+    real = allocation.global_widths
+
+    def spy(*args: Any) -> dict[str, int]:
+        given.append(args[3])
+        return real(*args)
+
+    monkeypatch.setattr(allocation, "global_widths", spy)
+    monkeypatch.setattr(Magnitude, "comparable", comparable)
+    carry_out(make_context, run_config(tmp_path, method=METHOD, prune={**SPREAD, "allocation": "global"}), "decide")
+    assert given == [comparable]
 
 
 @pytest.mark.usefixtures("uneven")

@@ -11,6 +11,7 @@ from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError, PlanError
 from cria_dist.maths.allocation_rooms import Room
 from cria_dist.models import checkpoint
+from cria_dist.models.attention import LAYER_KV_HEADS
 from cria_dist.models.family import family_of
 from cria_dist.models.macs import macs_of_layers, macs_per_position
 from cria_dist.records import Site
@@ -39,6 +40,15 @@ def test_macs_are_those_of_a_forward_pass(pico: Path) -> None:
     attention = 2 * 2 * 16 * 4 * 8  # two products per layer, with 16 positions, in 4 heads of 8
     found = macs_per_position(config, family_of(config), 16)
     assert 16 * found == macs_of_linear_maps(model, 16) + 16 * attention
+
+
+def test_macs_of_attention_are_of_the_heads_that_are_left(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = checkpoint.read_config(make_model(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4))
+    fewer, family = {**config, LAYER_KV_HEADS: [4, 1]}, family_of(config)
+    gone = 3 * family.unit_macs(Site(0, "attention"), config, 64)
+    assert macs_per_position(config, family, 64) - macs_per_position(fewer, family, 64) == gone
+    dense, left = (macs_of_layers(one, family, 64) for one in (config, fewer))
+    assert left == [dense[0], dense[1] - gone]
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
@@ -161,3 +171,16 @@ def test_images_are_refused(run_config: RunConfigMaker, pico_vit: Path, tmp_path
 def test_layers_are_refused(run_config: RunConfigMaker, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"units of another kind; use prune\.allocation=uniform"):
         prepare(run_config(tmp_path, method={"name": "block_influence"}, prune=SPREAD), "apply")
+
+
+@pytest.mark.parametrize(("floor", "ratio"), [(0.9, 0.4), (0.25, 0.8)])
+def test_floors_do_not_keep_layers_that_may_go(
+    floor: float, ratio: float, make_model: Callable[..., Path], run_config: RunConfigMaker, tmp_path: Path
+) -> None:
+    """Of eight layers all but one may go, whatever has to stay inside those that do not."""
+    model = make_model(tmp_path / "model", num_hidden_layers=8)
+    whole = {"units": ["mlp", "layer"], "allocation": "sensitivity", "budget": "parameters", "floor": floor}
+    settings = {"model": {"path": str(model)}, "method": {"name": "magnitude"}}
+    prepare(run_config(tmp_path, **settings, prune={**whole, "ratio": ratio}))
+    with pytest.raises(PlanError, match=r"ratio=0\.95 cannot be reached"):
+        prepare(run_config(tmp_path, **settings, prune={**whole, "ratio": 0.95}))
