@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from cria_dist.config import RecoverConfig
 from cria_dist.errors import ConfigError
+from cria_dist.models.device import own_device
 from cria_dist.stages import recover_loss
 from cria_dist.stages.distil_hidden import Hidden, paired_states
 from cria_dist.stages.distil_teacher import Teacher, load_teacher
@@ -177,7 +178,7 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         ConfigError: they are others.
     """
-    tokens_ST = torch.arange(CHECKED_TOKENS + 1, device=model.device)[None] % model.config.vocab_size
+    tokens_ST = torch.arange(CHECKED_TOKENS + 1, device=own_device())[None] % model.config.vocab_size
     with torch.no_grad():
         stock_NV = model(input_ids=tokens_ST[:, :-1], use_cache=False).logits[0].float()
         ours_NV = logits(model, states(model, tokens_ST, every=False).last_hidden_state[0])
