@@ -41,6 +41,8 @@ def removed(plan: PruningPlan) -> list[int]:
     return [Site.from_key(key).layer for key in sorted(plan.kept) if not plan.kept[key]]
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 def test_a_whole_run_with_block_influence(
     deep: Path, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ def watched() -> Generator[set[tuple[str, str]]]:
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(0.2):
+        while not ended.wait(0.5):
             found.update(listeners())
 
     watcher = threading.Thread(target=watch)
