@@ -47,7 +47,7 @@ class PruneConfig(Section):
     by layer: the weights of a layer are solved for what the repaired layers before it hand on, so that each makes good
     what they have lost; the calibration goes through the model three times more (five times where heads go too)."""
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
-    """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix)."""
+    """Relative ridge of the least-squares repair (times the mean diagonal of the Gram matrix; at most the median)."""
     allocation: Allocation = "uniform"
     """How the budget is spread over the layers. ``uniform``: the same share of each. ``global``: what scores least
     anywhere, in shares of its layer's sum, goes first (learned gates as they are: they are bounded alike everywhere).

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cria_dist import arrays
 from cria_dist.arrays import Array
 from cria_dist.errors import NumericError
+from cria_dist.maths.ridge import added_ridge
 from cria_dist.records import Float64
 
 BLOCK = 32
@@ -37,8 +38,8 @@ class Elimination:
 def eliminate(gram_NN: Array, weight_DN: Array, ridge: float) -> Elimination:
     """Greedy backward elimination with refitting after every step (Hassibi and Stork, Optimal Brain Surgeon, 1993).
 
-    With ``H = G + r I``, ``r = ridge * mean(diag G)``, and ``P = H^-1``, the precision matrix of the signals, leaving
-    out unit j and refitting the others costs ``|w_j|^2 / P_jj``: its output weights, times the part of its signal that
+    With ``H = G + r I``, ``r = ridge * mean(diag G)`` (:func:`added_ridge`), and ``P = H^-1``, the precision matrix of
+    the signals, leaving out unit j and refitting the others costs ``|w_j|^2 / P_jj``: its output weights, times the part of its signal that
     the others cannot explain. Then ``w_k -= w_j P_jk / P_jj`` and ``P -= P_j P_j^T / P_jj``. A block of units is chosen
     among the cheapest, exactly within them, and leaves by one update of rank B; the whole order takes about
     ``N^3`` floating point operations beside the inversion.
@@ -81,17 +82,15 @@ def eliminate(gram_NN: Array, weight_DN: Array, ridge: float) -> Elimination:
 
 
 def precision_matrix(gram_NN: Array, ridge: float) -> Array:
-    """``(G + r I)^-1`` with ``r = ridge * mean(diag G)``.
+    """``(G + r I)^-1`` with the ridge of :func:`added_ridge`.
 
     Raises:
         NumericError: the matrix is not finite, or still singular with the ridge.
     """
     xp, size = arrays.namespace(gram_NN), gram_NN.shape[0]
-    diagonal_N = xp.linalg.diagonal(gram_NN)
-    mean = float(xp.mean(diagonal_N))
     if not bool(xp.all(xp.isfinite(gram_NN))):
         raise NumericError("the Gram matrix has NaN or infinite entries; look at the recorded activations")
-    shift = ridge * mean if mean > 0 else 1.0
+    shift = added_ridge(gram_NN, float(xp.mean(xp.linalg.diagonal(gram_NN))), ridge)
     identity_NN = xp.eye(size, dtype=gram_NN.dtype)
     factor_NN = _factor(gram_NN + shift * identity_NN, ridge)
     inverse_NN = arrays.solve_lower(factor_NN, identity_NN)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from cria_dist import arrays
 from cria_dist.arrays import Array
 from cria_dist.errors import NumericError
+from cria_dist.maths.ridge import added_ridge
 from cria_dist.records import Float64, Moments
 
 RIDGES = (1e5, 1e4, 1e3, 1e2, 1e1, 1.0)
@@ -114,10 +115,9 @@ def _best_ridge(start_DS: Array, fitted: Products, held_out: Products, ridge: fl
 
 
 def _solved(gram_SS: Array, right_SD: Array, ridge: float) -> Array:
-    """``(G + r I)^-1 B`` with a ridge relative to the mean diagonal of G."""
+    """``(G + r I)^-1 B`` with the ridge of :func:`added_ridge`."""
     xp, size = arrays.namespace(gram_SS), gram_SS.shape[0]
-    mean_diagonal = float(xp.linalg.trace(gram_SS)) / size
-    added = ridge * mean_diagonal if mean_diagonal > 0 else 1.0
+    added = added_ridge(gram_SS, float(xp.linalg.trace(gram_SS)) / size, ridge)
     shifted_SS = xp.eye(size, dtype=gram_SS.dtype, device=gram_SS.device)
     shifted_SS *= added  # in place: these matrices are the peak of a repair's memory
     shifted_SS += gram_SS

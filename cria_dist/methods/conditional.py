@@ -29,7 +29,7 @@ class Conditional(MethodBase):
 
     name: Literal["conditional"] = "conditional"
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    """Relative ridge of the precision matrix (times the mean diagonal of the Gram matrix)."""
+    """Relative ridge of the precision matrix (times the mean diagonal of the Gram matrix; at most the median)."""
 
     @property
     def title(self) -> str:

@@ -94,9 +94,6 @@ class ConvFamily(MlpFamily):
         widths = [kept[key] for key in sorted(kept)]
         return {**config, self.width_key: max(widths), LAYER_WIDTHS: widths}
 
-    def _with_biases(self) -> dict[str, Any]:
-        return {}
-
 
 @dataclass(frozen=True, slots=True)
 class ResnetCifarFamily(ConvFamily):

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from cria_dist.errors import ConfigError
 from cria_dist.models import attention
 from cria_dist.models.mlp import PART, ModelDict
 from cria_dist.models.stacks import Stack
@@ -27,12 +26,6 @@ class DecoderFamily(StreamFamily):
     def positions(self, config: ModelDict, sequence_length: int) -> int:
         """One per token."""
         return sequence_length
-
-    def _with_biases(self) -> dict[str, Any]:
-        raise ConfigError(
-            f"prune.repair=bias needs MLP biases, which {self.model_type!r} does not have; "
-            "use prune.repair=least_squares"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +54,7 @@ class GatedMlpFamily(DecoderFamily):
 
     def _with_biases(self) -> dict[str, Any]:
         if self.mlp_bias_key is None:
-            return DecoderFamily._with_biases(self)
+            return DecoderFamily._with_biases(self)  # slots: super() knows another class
         return {self.mlp_bias_key: True}
 
 
@@ -112,9 +105,6 @@ class PlainMlpFamily(DecoderFamily):
         """They do."""
         return True
 
-    def _with_biases(self) -> dict[str, Any]:
-        return {}
-
 
 @dataclass(frozen=True, slots=True)
 class GptNeoxFamily(PlainMlpFamily):
@@ -150,6 +140,3 @@ class OptFamily(PlainMlpFamily):
     def has_bias(self, config: ModelDict, part: str = PART) -> bool:
         """They do, unless the config says otherwise."""
         return bool(config.get("enable_bias", True))
-
-    def _with_biases(self) -> dict[str, Any]:
-        return {"enable_bias": True}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cria_dist.models import attention
 from cria_dist.models.mlp import PART, MlpFamily, ModelDict
@@ -47,9 +47,6 @@ class EncoderMlpFamily(MlpFamily):
         if "max_position_embeddings" not in config:
             raise damaged("it has no 'max_position_embeddings'")
         return int(config["max_position_embeddings"]) - self.positions_before
-
-    def _with_biases(self) -> dict[str, Any]:
-        return {}
 
 
 @dataclass(frozen=True, slots=True)

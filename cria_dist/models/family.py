@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from cria_dist.errors import ConfigError
 from cria_dist.models import attention
@@ -11,7 +11,7 @@ from cria_dist.models.channels import CONVOLUTIONAL
 from cria_dist.models.decoders import FusedMlpFamily, GatedMlpFamily, GptNeoxFamily, OptFamily, Phi3Family
 from cria_dist.models.encoders import BertFamily, DistilBertFamily, RobertaFamily
 from cria_dist.models.experts import ExpertsFamily
-from cria_dist.models.generic import STREAMS, generic_family
+from cria_dist.models.generic import STREAMS, generic_family, unlike_layers
 from cria_dist.models.gpt2 import Gpt2Family
 from cria_dist.models.mlp import PART, MlpFamily, ModelDict
 from cria_dist.models.residual import BIASED, GEMMA, PLAIN, Stream
@@ -51,9 +51,6 @@ class VisionMlpFamily(MlpFamily):
         """The class token and one per patch."""
         sides = zip(_pair(config["image_size"]), _pair(config["patch_size"]), strict=True)
         return 1 + math.prod(image // patch for image, patch in sides)
-
-    def _with_biases(self) -> dict[str, Any]:
-        return {}
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -138,4 +135,5 @@ def _hint(config: ModelDict) -> str:
         return f"; cria_dist.models.{converter}"
     if FAMILIES.get(str(text.get("model_type"))) or generic_family(text):
         return f"; its text part is, as {text['model_type']!r}: save that as a checkpoint of its own"
-    return ""
+    what = unlike_layers(config)
+    return what and f", each reading the one before and all of the same shape: this one's are not ({what})"

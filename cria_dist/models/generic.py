@@ -37,6 +37,8 @@ STREAMS: Mapping[str, Stream] = {
     "smollm3": BIASED,
 }
 """Those whose layers read the residual stream and write to it in a known way."""
+MORE_THAN_STACKED = ("hidden_size_per_layer_input", "num_kv_shared_layers")
+"""Keys of config.json: layers read the tokens again, or the keys and values of earlier layers."""
 Modules = Mapping[str, torch.nn.Module]
 
 
@@ -62,9 +64,6 @@ class GenericFamily(GatedMlpFamily):
         """Why the units of a part cannot go."""
         return {attention.PART: HEADS_STAY, residual.UNIT: self.stream_stays}.get(part, "")
 
-    def _with_biases(self) -> dict[str, Any]:
-        return {} if self.biased else GatedMlpFamily._with_biases(self)  # slots: super() knows another class
-
 
 @dataclass(frozen=True, slots=True)
 class GenericHeadsFamily(GenericFamily):
@@ -89,12 +88,12 @@ def generic_family(config: ModelDict) -> GenericFamily | None:
 def _generic_family(config_json: str) -> GenericFamily | None:
     config: dict[str, Any] = json.loads(config_json)
     name = str(config.get("model_type"))
-    if not {"hidden_size", "intermediate_size", "num_hidden_layers"} <= config.keys():
+    if not {"hidden_size", "intermediate_size", "num_hidden_layers"} <= config.keys() or unlike_layers(config):
         return None
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(parsed(config), trust_remote_code=False)
-    except (ValueError, KeyError):  # transformers has no such model, or none that predicts the next token
+    except (ValueError, KeyError, ImportError):  # transformers has no such model, or none that predicts the next token
         return None
     modules, inner, outer = dict(model.named_modules()), int(config["intermediate_size"]), int(config["hidden_size"])
     kind = GenericNormedHeadsFamily if name in NORMED_HEADS else GenericHeadsFamily
@@ -109,6 +108,19 @@ def _generic_family(config_json: str) -> GenericFamily | None:
     if name not in WITH_HEADS or heads_biased is None:
         return GenericFamily(name, stream, biased=biased, stream_stays=stays)
     return kind(name, stream, attention_bias=heads_biased, biased=biased, stream_stays=stays)
+
+
+def unlike_layers(config: ModelDict) -> str:
+    """What makes layers more than copies that each read the one before, as in Gemma 3n and 4; empty if nothing does.
+
+    Blocks of such layers cannot be run by themselves, nor the layers be numbered anew.
+    """
+    try:
+        settings = parsed(config)
+    except (ValueError, KeyError):  # transformers does not know the architecture
+        return ""
+    keys = [key for key in MORE_THAN_STACKED if getattr(settings, key, 0)]
+    return ", ".join([*keys, *sorted(getattr(settings, "per_layer_attributes", None) or ())])
 
 
 def _biased(

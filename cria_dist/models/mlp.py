@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cria_dist.errors import ConfigError
 from cria_dist.models import attention, residual
 from cria_dist.models.names import shared_names
 from cria_dist.models.stacks import ONE_MAP, Stack
@@ -259,7 +260,8 @@ class MlpFamily(ABC):
         narrow = dict(config)
         if widths := by_part.get(PART):
             narrow.pop(LAYER_WIDTHS, None)
-            narrow |= {self.width_key: max(widths), **(self._with_biases() if output_bias else {})}
+            narrow |= {self.width_key: max(widths)}
+            narrow |= self._with_biases() if output_bias and not self.has_bias(config) else {}
             narrow |= {} if len(set(widths)) == 1 else {LAYER_WIDTHS: widths}
         return attention.with_groups(narrow, groups) if (groups := by_part.get(attention.PART)) else narrow
 
@@ -272,9 +274,16 @@ class MlpFamily(ABC):
         """
         return {}
 
-    @abstractmethod
     def _with_biases(self) -> dict[str, Any]:
-        """What the config says of MLPs with biases."""
+        """What the config of a model without biases has to say for its MLPs, and nothing else, to have them.
+
+        Raises:
+            ConfigError: the stock class has no word for it.
+        """
+        raise ConfigError(
+            f"prune.repair=bias needs MLP biases, which this {self.model_type!r} does not have; use "
+            "prune.repair=least_squares"
+        )
 
 
 def signals_of(units: Sequence[int], span: int) -> NDArray[np.int64]:

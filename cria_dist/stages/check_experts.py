@@ -35,8 +35,16 @@ def check_experts(config: RunConfig, family: MlpFamily, model_config: Mapping[st
         )
     if config.recover.steps and config.recover.train == "mlp" and not family.widths(model_config, prune.parts):
         raise ConfigError("recover.train=mlp trains what lost units, and whole layers go; set recover.train=blocks")
-    if experts.PART not in prune.units:
-        return
+    if experts.PART in prune.units:
+        _check_as_units(config, family, model_config)
+
+
+def _check_as_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> None:
+    prune, methods = config.prune, (config.method, *config.compare)
+    if not family.widths(model_config, (experts.PART,)):
+        raise ConfigError(
+            f"prune.units={list(prune.units)}: no layer of this model has experts; set prune.units=['attention']"
+        )
     if other := [one.title for one in methods if not one.scores_experts]:
         raise ConfigError(f"{other[0]} does not score experts; choose activation, magnitude, taylor or random")
     allocations = ("uniform",) if prune.units == (experts.PART,) else ("uniform", "sensitivity")

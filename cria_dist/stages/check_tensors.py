@@ -6,6 +6,7 @@ from typing import Any
 
 from cria_dist.errors import ConfigError
 from cria_dist.models import attention, checkpoint
+from cria_dist.models.generic import GenericFamily
 from cria_dist.models.mlp import MlpFamily
 from cria_dist.models.shapes import stored_tensors
 from cria_dist.models.streaming import DTYPES
@@ -36,6 +37,8 @@ def check_tensors(model_dir: Path, family: MlpFamily, model_config: Mapping[str,
             )
     if family.takes != "tokens":  # transformers would make up the head that a checkpoint of another task lacks
         wanted += shapes
+    elif isinstance(family, GenericFamily):  # recognised by its modules, which may be called otherwise on disk
+        wanted += [name for name in shapes if name.startswith(f"{family.layers}.")]
     wanted += expert_tensors(family, model_config)
     missing = [name for name in wanted if name not in there]
     if missing:

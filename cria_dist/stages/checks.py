@@ -11,6 +11,7 @@ from cria_dist.methods import Method
 from cria_dist.methods.gates import GateMethod
 from cria_dist.models import experts, residual
 from cria_dist.models.mlp import MlpFamily
+from cria_dist.models.numbering import computed_from_number
 from cria_dist.records import Site
 from cria_dist.stages.budget import multiple_of
 from cria_dist.stages.check_experts import check_experts
@@ -110,15 +111,20 @@ def check_units(config: RunConfig, family: MlpFamily, model_config: Mapping[str,
             f"prune.budget=kv_cache is of models that write text, and model_type {family.model_type!r} takes "
             f"{family.takes}; set prune.budget=units"
         )
-    layers_go = "layer" in units or any(method.unit == "layer" for method in methods)
-    if layers_go and model_config.get("scale_attn_by_inverse_layer_idx"):
-        raise ConfigError(
-            "this model divides what a layer attends to by the layer's number (scale_attn_by_inverse_layer_idx), so no "
-            "layer can go; prune mlp or attention"
-        )
+    if "layer" in units or any(method.unit == "layer" for method in methods):
+        _check_numbering(family, model_config)
     if units != ("mlp",) and config.record.schedule == "tensor":
         raise ConfigError(
             f"record.schedule=tensor shares MLPs only, and prune.units={list(units)}; set record.schedule=auto"
+        )
+
+
+def _check_numbering(family: MlpFamily, model_config: Mapping[str, Any]) -> None:
+    """Layers that stay are numbered anew."""
+    if what := computed_from_number(model_config, family):
+        raise ConfigError(
+            f"what a layer of this model computes goes by the layer's number ({what}), so no layer can go; prune "
+            "mlp or attention"
         )
 
 

@@ -99,7 +99,7 @@ class _Meter:
             if shift_D is not None:
                 bias = dense["bias"]
                 output.bias = _parameter(
-                    shift_D if bias is None else shift_D + bias.double().cpu().numpy(), output.weight
+                    shift_D if bias is None else shift_D + bias.detach().double().cpu().numpy(), output.weight
                 )
             with ExitStack() as norms:
                 for name in modules.norms:

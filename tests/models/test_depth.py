@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from cria_dist.errors import PlanError
 from cria_dist.models import checkpoint, depth, surgery
@@ -17,6 +18,7 @@ from cria_dist.models.checkpoint import Numerics, load_model, read_config
 from cria_dist.models.decoders import GatedMlpFamily
 from cria_dist.models.family import FAMILIES, family_of
 from cria_dist.models.mlp import LAYER_WIDTHS
+from cria_dist.models.numbering import computed_from_number
 from cria_dist.models.surgery import Surgery
 
 MakeModel = Callable[..., Path]
@@ -47,6 +49,14 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PLAIN = {"qwen3_moe-listed": [1], "qwen3_moe-every-second": [0, 1]}
 """Layers without experts among those that stay, by their new numbers."""
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+}
 
 STRANGER = """
 import sys
@@ -223,3 +233,14 @@ def test_loads_and_generates_where_this_package_cannot_be_imported(make_model: M
     for directory, theirs in expected.items():
         assert_equals(found[directory], theirs)
         assert torch.equal(found[f"{directory}#cached"], found[f"{directory}#plain"]), directory
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_layer_computes_goes_by_no_number(name: str) -> None:
+    config = AutoConfig.for_model(**SHAPE | MODELS[name]).to_dict()
+    assert not computed_from_number(config, family_of(config))
+
+
+def test_a_layer_that_goes_by_its_number_is_found() -> None:
+    config = AutoConfig.for_model(**SHAPE, model_type="diffllama").to_dict()
+    assert computed_from_number(config, family_of(config)) == "self_attn.lambda_init"

@@ -91,3 +91,30 @@ def test_what_is_not_a_gated_mlp_is_refused(model_type: str, make_model: MakeMod
         config = read_config(make_model(tmp_path / "model", model_type=model_type))
     with pytest.raises(ConfigError, match=f"model family '{model_type}' is not known; known families: .*gate_proj"):
         family_of(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        pytest.param({"hidden_size_per_layer_input": 0, "global_head_dim": 16}, r"\(head_dim\)", id="widths of heads"),
+        pytest.param({"hidden_size_per_layer_input": 8}, r"\(hidden_size_per_layer_input\)", id="tokens read again"),
+        pytest.param(
+            {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 1}, r"\(num_kv_shared_layers\)", id="shared keys"
+        ),
+    ],
+)
+def test_layers_that_are_no_stack_of_likes_are_refused(changes: dict[str, Any], reason: str) -> None:
+    """Gemma 4's."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "gemma4_text", "head_dim": 8, "global_head_dim": 8, "vocab_size": 300, **shape}
+    with pytest.raises(ConfigError, match=f"each reading the one before and all of the same shape: .*{reason}"):
+        family_of(config | changes)
+
+
+def test_opt_without_biases_has_no_bias_to_repair_with() -> None:
+    """The stock class would have them in attention, too."""
+    config = {"model_type": "opt", "ffn_dim": 48, "hidden_size": 32, "num_hidden_layers": 1, "enable_bias": False}
+    family = family_of(config)
+    with pytest.raises(ConfigError, match=r"MLP biases, which this 'opt' does not have; use prune\.repair"):
+        family.narrowed(config, {"layer-000.mlp": 24}, output_bias=True)
+    assert family.narrowed(config, {"layer-000.mlp": 24}, output_bias=False)["ffn_dim"] == 24

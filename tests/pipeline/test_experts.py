@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cria_dist import load_pruned
 from cria_dist.config import RunConfig
@@ -252,6 +252,16 @@ def test_nothing_lost_units_where_layers_go(mixed: Path, run_config: RunConfigMa
     method = {"method": {"name": "block_influence"}, "prune": {"ratio": 0.4}, "model": {"path": str(mixed)}}
     with pytest.raises(ConfigError, match=r"set recover\.train=blocks"):
         prepare(run_config(tmp_path, **method, recover={"train": "mlp"}))
+
+
+def test_experts_where_all_layers_that_have_them_are_gone(
+    moe: Path, run_config: RunConfigMaker, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(moe, mlp_only_layers=[0, 1]))
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(moe).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"no layer of this model has experts; set prune\.units=\['attention'\]"):
+        prepare(run(run_config, tmp_path, tmp_path / "model", {}, method={"name": "activation"}))
 
 
 def test_experts_of_a_model_that_has_none(pico: Path, run_config: RunConfigMaker, tmp_path: Path) -> None:

@@ -99,7 +99,9 @@ def loss_of_pruned(task: LossTask, widths: dict[str, int], folder: Path) -> floa
         if task.repair == "least_squares":
             tensors = {f"{name}.weight": least_squares(weight_DN, moments, kept_S, task.ridge)}
         elif task.repair == "bias":
-            tensors = {f"{name}.bias": mean_bias(weight_DN, moments, kept_S)}
+            bias_D = model.get_submodule(name).bias
+            there_D = 0 if bias_D is None else bias_D.detach().double().numpy()
+            tensors = {f"{name}.bias": there_D + mean_bias(weight_DN, moments, kept_S)}
         else:
             tensors = {}
         folder.mkdir(exist_ok=True)
@@ -118,6 +120,29 @@ def test_a_curve_is_the_loss_of_pruned_models(repair: Any, task: LossTask, tmp_p
         expected = [loss_of_pruned(mine, {Site(layer).key: width}, tmp_path / "r") for width in (12, 36)]
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         assert found[0] != pytest.approx(found[1], rel=1e-4)
+
+
+def test_the_bias_of_a_repair_comes_to_the_one_that_is_there(
+    make_model: Callable[..., Path],
+    run_config: Callable[..., RunConfig],
+    make_context: Callable[..., Context],
+    task: LossTask,
+    tmp_path: Path,
+) -> None:
+    dense = make_model(tmp_path / "model", "llama", mlp_bias=True)
+    context = make_context(run_config(tmp_path, model={"path": str(dense)}))
+    prune(context, until="analyse")
+    job, folder = context.job, context.job.folder / "round-00"
+    mine = replace(
+        task,
+        model_dir=job.model_dir,
+        tokens_path=job.calibration_path,
+        recording=places.recorded(folder),
+        folder=folder,
+        repair="bias",
+    )
+    expected = loss_of_pruned(mine, {Site(1).key: 12}, tmp_path / "r")
+    assert CurveMeter(mine)(Probe(Site(1), (12,)))[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_plan_is_the_loss_of_the_pruned_model(task: LossTask, tmp_path: Path) -> None:
