@@ -39,10 +39,10 @@ def eliminate(gram_NN: Array, weight_DN: Array, ridge: float) -> Elimination:
     """Greedy backward elimination with refitting after every step (Hassibi and Stork, Optimal Brain Surgeon, 1993).
 
     With ``H = G + r I``, ``r = ridge * mean(diag G)`` (:func:`added_ridge`), and ``P = H^-1``, the precision matrix of
-    the signals, leaving out unit j and refitting the others costs ``|w_j|^2 / P_jj``: its output weights, times the part of its signal that
-    the others cannot explain. Then ``w_k -= w_j P_jk / P_jj`` and ``P -= P_j P_j^T / P_jj``. A block of units is chosen
-    among the cheapest, exactly within them, and leaves by one update of rank B; the whole order takes about
-    ``N^3`` floating point operations beside the inversion.
+    the signals, leaving out unit j and refitting the others costs ``|w_j|^2 / P_jj``: its output weights, times the
+    part of its signal that the others cannot explain. Then ``w_k -= w_j P_jk / P_jj`` and ``P -= P_j P_j^T / P_jj``. A
+    block of units is chosen among the cheapest, exactly within them, and leaves by one update of rank B; the whole
+    order takes about ``N^3`` floating point operations beside the inversion.
 
     Args:
         gram_NN: sum over tokens of the outer product of the signals, float64.
