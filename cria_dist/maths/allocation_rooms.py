@@ -25,7 +25,8 @@ class Room:
         smallest: fewest units that stay; equal to ``width`` where the site is protected.
         multiple: new widths are multiples of this (the present width always is allowed).
         unit_cost: what a unit takes of the budget, on average where ``measured`` says more.
-        measured: (width, cost) in ascending order, where the cost is no multiple of the width (milliseconds).
+        measured: (width, cost) in ascending order, where the cost is no multiple of the width (milliseconds); may go
+            beyond the units it has.
     """
 
     width: int
@@ -45,7 +46,7 @@ class Room:
         if not self.measured:
             return widths * self.unit_cost
         at, cost = zip(*self.measured, strict=True)
-        slope = SLOPE * self.unit_cost  # no two widths cost the same, or the wider one would be free
+        slope = SLOPE * (cost[-1] / at[-1])  # no two widths cost the same, or the wider one would be free
         return np.interp(widths, at, cost) * (1 - SLOPE) + widths * slope
 
     def cost(self, width: int) -> float:

@@ -23,7 +23,7 @@ def resize_layers(model: PreTrainedModel, family: MlpFamily, config: ModelDict) 
     """
     if not layers_differ(config):
         return
-    built = family.widths({key: value for key, value in config.items() if key not in PER_LAYER}, family.parts)
+    built = family.widths(alike(config), family.parts)
     for site, width in family.widths(config, family.parts).items():
         if width == built[site]:
             continue
@@ -37,6 +37,11 @@ def resize_layers(model: PreTrainedModel, family: MlpFamily, config: ModelDict) 
         if site.part == attention.PART:
             queries = attention.attention_shape(config).queries
             tell_heads(model.get_submodule(modules.output.rpartition(".")[0]), width, queries)
+
+
+def alike(config: ModelDict) -> dict[str, Any]:
+    """The config that the stock class goes by: every layer as wide as the widest, with the dense model's heads."""
+    return {key: value for key, value in config.items() if key not in PER_LAYER}
 
 
 def tell_heads(attention: Any, groups: int, queries: int) -> None:

@@ -27,6 +27,7 @@ def record_model(context: Context, name: str, folder: Path, model_dir: Path, mod
     shards = num_shards(config)
     recording = open_recording(folder, config.record.storage, job.recording_digest(model_digest))
     if recording.is_complete():
+        boundary.delete_all(recording)  # it was finished by another run, or this one ended just before
         context.progress.note(f"{name}: complete, {shards} shards")
         return recording
     source = adopt(recording, job.folder.parent)

@@ -1,7 +1,7 @@
 """Hidden states between two blocks: one object per (layer, shard), deleted when nothing will read it any more.
 
 They lie below the digest of the recording, so those of an interrupted run with other weights or tokens are never
-taken for this one's.
+taken for this one's; and below its owner, for each of the runs that share a recording deletes its own.
 Shapes: S sequences, T tokens, D hidden.
 """
 
@@ -34,8 +34,8 @@ def delete(recording: Recording, layer: int, shard: int) -> None:
 
 
 def delete_all(recording: Recording) -> None:
-    """Remove what interrupted runs left, those with other weights or tokens too."""
-    for name in recording.storage.sizes(FOLDER):
+    """Remove what interrupted runs left, those with other weights or tokens too; nothing of another owner's."""
+    for name in recording.storage.sizes(_owned(recording)):
         recording.storage.delete(name)
 
 
@@ -75,7 +75,11 @@ class Behind:
 
 
 def _folder(recording: Recording) -> str:
-    return f"{FOLDER}/{recording.digest[:16]}"
+    return f"{_owned(recording)}/{recording.digest[:16]}"
+
+
+def _owned(recording: Recording) -> str:
+    return f"{FOLDER}/{recording.owner}" if recording.owner else FOLDER
 
 
 def _name(recording: Recording, layer: int, shard: int) -> str:

@@ -13,7 +13,7 @@ PLACES = {
     "signals": ("round-*/activations",),
     "moments": ("round-*/moments",),
     "boundaries": ("round-*/boundaries",),
-    "repair": tuple(f"{where}/repair/{what}" for where in ("round-*", "comparison/*") for what in ("streams", "sums")),
+    "repair": ("round-*/repair", "comparison/*/repair"),
     "checkpoints": ("pruned", "recovered", "compressed", "round-*/pruned", "round-*/masks", "comparison/*/masks"),
     "recovery_state": ("recover",),
 }

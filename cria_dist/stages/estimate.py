@@ -5,13 +5,14 @@ needs), ``estimate_time``; here is what is stored.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cria_dist.config import RunConfig
 from cria_dist.models import checkpoint, location
 from cria_dist.models.family import family_of
 from cria_dist.models.mlp import MlpFamily
+from cria_dist.records import Site
 from cria_dist.stages import estimate_memory
 from cria_dist.stages.analyse import analyst_bytes, widest_site
 from cria_dist.stages.check_model import check_model
@@ -30,21 +31,24 @@ UNLABELLED = {"ends_with": "apply: recover and evaluate (hence prune) need data.
 def bytes_of_run(
     config: RunConfig, model_config: Mapping[str, Any], family: MlpFamily, parameters: int
 ) -> dict[str, int]:
-    """Bytes the run writes: inputs, recording, hidden states between blocks, repair (peaks), checkpoints, recovery."""
+    """Bytes the run writes: inputs, recording, hidden states between blocks, repair, checkpoints, recovery.
+
+    What the repair leaves, and the checkpoints, as if no unit left.
+    """
     units = family.widths(model_config, config.prune.parts)
     widths = [width * family.span(site, model_config) for site, width in units.items()]
     sequences, length = config.data.calibration_sequences, config.data.sequence_length
     tokens = sequences * family.positions(model_config, length)
     recovers = config.recover.steps > 0 and (family.takes == "tokens" or config.data.labelled)
     hidden_states = tokens * int(model_config["hidden_size"]) * itemsize(config.model.dtype)
-    model_bytes = parameters * itemsize(str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32"))
-    rounds = config.prune.rounds
+    stored = itemsize(str(model_config.get("dtype") or model_config.get("torch_dtype") or "float32"))
+    model_bytes, rounds = parameters * stored, config.prune.rounds
     layers, hidden_size = int(model_config["num_hidden_layers"]), int(model_config["hidden_size"])
     around_layers = (layers + 1) * hidden_size * config.records_hidden
     numbers = sum(widths) * family.signals() + around_layers
     masked = sum(method.unit == "weight" for method in (config.method, *config.compare))
-    # hidden states of both models before and behind a layer, sums of products at a site
-    repair = 4 * hidden_states + 4 * num_shards(config) * max(
+    # of a sequential repair on its way: both models' hidden states around a layer, sums of products at a site
+    passing = 4 * hidden_states + 4 * num_shards(config) * max(
         (width * (width + hidden_size) for width in widths), default=0
     )
     # masked maps and sparse copies, at most as large as the model
@@ -54,10 +58,26 @@ def bytes_of_run(
         "signals": rounds * config.record.tokens * numbers * itemsize(signal_dtype(config)),
         "moments": rounds * num_shards(config) * sum(map(stored_bytes, widths)),
         "boundaries": 0 if config.record.schedule == "replicate" else hidden_states,
-        "repair": repair if config.prune.repair == "sequential" else 0,
+        "repair": stored * _solved_weights(config, family, model_config, units)
+        + passing * (config.prune.repair == "sequential"),
         "checkpoints": model_bytes * (rounds + recovers + sparse),
         "recovery_state": 2 * 12 * parameters * recovers,
     }
+
+
+def _solved_weights(
+    config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any], sites: Iterable[Site]
+) -> int:
+    """Weights that repairs solve and keep: in every round, and for every compared method; biases alone hardly count."""
+    compared = sum(method.unit == "mlp" for method in config.compare)
+    times = config.prune.rounds * (config.method.unit == "mlp") + compared
+    if config.prune.repair not in ("least_squares", "sequential") or not times:
+        return 0
+    sizes: dict[str, int] = {}
+    for name, parameter in checkpoint.empty_model(model_config).named_parameters():
+        names = [one for piece in family.pieces(name, parameter.shape) for one in piece] or [family.on_disk(name)]
+        sizes |= dict.fromkeys(names, parameter.numel() // len(names))
+    return times * sum(sizes[name] for site in sites for name in family.solved(site, model_config))
 
 
 def estimate(config: RunConfig, measured: bool = False) -> dict[str, object]:

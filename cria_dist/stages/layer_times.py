@@ -31,7 +31,7 @@ TURNS = 7
 
 @dataclass(frozen=True, slots=True)
 class LayerTimes:
-    """What was measured.
+    """What was measured, of a model whose layers are alike.
 
     Attributes:
         model_ms: the whole model.
@@ -50,7 +50,7 @@ class TimingTask:
     """What is timed.
 
     Attributes:
-        config: config.json of the dense model.
+        config: config.json of a model whose layers are alike.
         widths: for each part, the widths to measure, the whole one last.
         phase: a forward pass over one sequence, or one further token after it.
         length: tokens of the sequence.

@@ -3,6 +3,8 @@
 A run that differs from a neighbour only in ratio, method or recovery takes over the neighbour's.
 """
 
+import secrets
+from dataclasses import replace
 from pathlib import Path
 
 from cria_dist import files
@@ -13,6 +15,7 @@ from cria_dist.store.recording import Recording
 from cria_dist.store.storage import LocalStorage
 
 POINTER = "recording.json"
+"""Names the object store, and the run among those that share the recording."""
 RECORDINGS = f"*/round-*/{MANIFEST}"
 """Below the folder that holds the run folders."""
 
@@ -24,14 +27,19 @@ def open_recording(folder: Path, url: str | None, digest: str) -> Recording:
         folder: folder of the round; the recording lies there unless there is a URL.
         url: object store of the recordings, where they are named by their digest and shared by all runs.
         digest: digest of the recording.
+
+    Raises:
+        DataError: what an earlier attempt left in the folder is damaged.
     """
     pointer = folder / POINTER
     if url is None:
         pointer.unlink(missing_ok=True)
         return Recording(LocalStorage(folder), digest)
     storage = ObjectStorage(url, f"recording-{digest[:16]}")
-    files.write_json(pointer, {"url": storage.url, "folder": storage.folder})
-    return Recording(storage, digest)
+    # drawn and kept, for folders on two machines may have the same path
+    owner = _pointed(pointer).get("owner") or secrets.token_hex(8)
+    files.write_json(pointer, {"url": storage.url, "folder": storage.folder, "owner": owner})
+    return Recording(storage, digest, owner)
 
 
 def recorded(folder: Path) -> Recording:
@@ -40,9 +48,15 @@ def recorded(folder: Path) -> Recording:
     Raises:
         DataError: there is none in this folder, or its manifest is damaged.
     """
-    pointer = folder / POINTER
-    storage = ObjectStorage(**files.read_json(pointer)) if pointer.is_file() else LocalStorage(folder)
-    return Recording(storage, Recording(storage, "").manifest()["digest"])
+    there = _pointed(folder / POINTER)
+    storage = ObjectStorage(there["url"], there["folder"]) if there else LocalStorage(folder)
+    found = Recording(storage, "", there.get("owner", ""))
+    return replace(found, digest=found.manifest()["digest"])
+
+
+def _pointed(pointer: Path) -> dict[str, str]:
+    """What the pointer of a round says; nothing if there is none."""
+    return files.read_json(pointer) if pointer.is_file() else {}
 
 
 def check(url: str | None) -> None:

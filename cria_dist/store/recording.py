@@ -27,10 +27,12 @@ class Recording:
     Attributes:
         storage: holds ``activations/``, ``moments/``, ``commits/`` and ``manifest.json``.
         digest: digest of everything the content depends on (weights, tokens, record settings, seed).
+        owner: the run that opened it, where runs share it: what they pass between workers they keep apart.
     """
 
     storage: Storage
     digest: str
+    owner: str = ""
 
     def write_signals(self, site: Site, shard: int, units: Slice, table: activations.SignalTable) -> dict[str, object]:
         """Store the signals of one (site, shard); returns rows, bytes and sha256 for the commit record."""

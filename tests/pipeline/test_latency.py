@@ -9,13 +9,18 @@ from transformers import PreTrainedModel
 
 from cria_dist.config import RunConfig
 from cria_dist.errors import PlanError
-from cria_dist.pipeline import Context, prune
+from cria_dist.maths.allocation_rooms import SLOPE
+from cria_dist.models import checkpoint
+from cria_dist.models.family import family_of
+from cria_dist.models.surgery import Surgery, write_pruned
+from cria_dist.pipeline import Context, latency, prune
 from cria_dist.records import PruningPlan, Site
 from cria_dist.report.progress import Progress
 from cria_dist.runtime import sweep as sweeps
 from cria_dist.runtime import trials
 from cria_dist.stages.layer_times import LayerTimer
-from cria_dist.stages.sweep import Sweep, Trial
+from cria_dist.stages.sweep import Sweep
+from cria_dist.stages.trial import Trial
 
 RunConfigMaker = Callable[..., RunConfig]
 MakeContext = Callable[..., Context]
@@ -46,9 +51,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def plan_of(
-    make_context: MakeContext, run_config: RunConfigMaker, folder: Path, model: Path, ratio: float
+    make_context: MakeContext,
+    run_config: RunConfigMaker,
+    folder: Path,
+    model: Path,
+    ratio: float,
+    units: tuple[str, ...] = ("mlp", "attention", "layer"),
 ) -> PruningPlan:
-    settings = {"units": ["mlp", "attention", "layer"], "allocation": "sensitivity", "budget": "latency"}
+    settings = {"units": list(units), "allocation": "sensitivity", "budget": "latency"}
     changes = {
         "record": {"shard_sequences": 2},
         "model": {"path": str(model)},
@@ -85,6 +95,46 @@ def test_the_plan_takes_the_share_of_the_time_that_was_asked_for(
     assert facts["budget"]["measure"] == "latency"
 
 
+@pytest.mark.parametrize("units", [("mlp",), ("mlp", "layer"), ("mlp", "attention", "layer")])
+def test_layers_that_differ_take_the_time_of_their_own_widths(
+    units: tuple[str, ...],
+    measured: list[int],
+    heads: Path,
+    run_config: RunConfigMaker,
+    make_context: MakeContext,
+    tmp_path: Path,
+) -> None:
+    """The first layer is the narrowest; groups of the second are fewer, whether or not the run removes any."""
+    there = {Site(0): 24, Site(1): 48, Site(2): 40}
+    there |= {Site(layer, "attention"): groups for layer, groups in enumerate((2, 1, 2))}
+    config = checkpoint.read_config(heads)
+    kept = {site.key: tuple(range(width)) for site, width in there.items()}
+    write_pruned(heads, tmp_path / "uneven", Surgery(family_of(config), config, kept))
+    settings = {"units": list(units), "allocation": "sensitivity", "budget": "latency"}
+    uneven = run_config(
+        tmp_path,
+        model={"path": str(tmp_path / "uneven")},
+        method={"name": "wanda"},
+        record={"shard_sequences": 2},
+        prune=settings,
+    )
+    budget = latency.budget(make_context(uneven, until="apply"))
+    dense = OUTSIDE + 3 * TAKES["block"] + sum(TAKES[site.part] * width for site, width in there.items())
+    assert budget.total == pytest.approx(dense, rel=2 * SLOPE)
+    assert measured
+    least = {"mlp": 4, "attention": 1}
+    for site, width in there.items():
+        if site.part in units:
+            spent = TAKES[site.part] * (width - least[site.part])
+            assert budget.unit_cost[site] * width == pytest.approx(spent, abs=SLOPE * width * TAKES[site.part])
+    plan = plan_of(make_context, run_config, tmp_path, tmp_path / "uneven", 0.2, units)
+    gone = sum((width - len(plan.kept.get(site.key, range(width)))) * TAKES[site.part] for site, width in there.items())
+    gone += sum(not kept for key, kept in plan.kept.items() if key.endswith("block")) * TAKES["block"]
+    assert gone >= 0.2 * dense * 0.999
+    if "layer" not in units:  # a whole layer may be the least harm
+        assert gone < 0.2 * dense + 4 * TAKES["mlp"]
+
+
 def test_a_share_of_the_time_that_the_layers_do_not_take_is_refused(
     measured: list[int], heads: Path, run_config: RunConfigMaker, make_context: MakeContext, tmp_path: Path
 ) -> None:
@@ -110,11 +160,12 @@ def test_trials_of_a_sweep_find_their_times(
     ]
     before: list[int] = []
 
-    def carry_out(sweep: Sweep, make_context: Callable[[Trial], Context], progress: Progress) -> trials.Tried:
+    def carry_out(sweep: Sweep, make_context: trials.MakeContext, progress: Progress) -> trials.Tried:
         del progress
         before.append(len(measured))
         for trial in sweep.trials:
-            prune(make_context(trial), until="decide")
+            with make_context(trial) as context:
+                prune(context, until="decide")
         return trials.Tried((), {})
 
     monkeypatch.setattr(trials, "carry_out", carry_out)

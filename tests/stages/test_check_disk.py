@@ -1,5 +1,6 @@
 """What is written already need not fit again: a run goes on where it would not have room to begin."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def test_a_neighbours_recording_comes_as_links(
     recorded: Job, run_config: RunConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = parts_of(recorded)
-    left = parts["inputs"] + parts["checkpoints"] + parts["recovery_state"]
+    left = parts["inputs"] + parts["repair"] + parts["checkpoints"] + parts["recovery_state"]
     monkeypatch.setattr(files, "free_bytes", lambda path: left)
     other = run_config(tmp_path, record={"schedule": "sweep"}, prune={"ratio": 0.5})
     assert prepare(other).folder != recorded.folder
@@ -64,3 +65,47 @@ def test_a_finished_run_needs_nothing(finished_run: Any, tmp_path: Path, monkeyp
     checkpoints = files.bytes_below(run.folder / "recovered") + files.bytes_below(run.folder / "pruned")
     monkeypatch.setattr(files, "free_bytes", lambda path: checkpoints // 2)
     prepare(run.config)
+
+
+def test_what_the_repair_of_every_method_leaves_is_counted_and_counted_once(
+    finished_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run.copy(tmp_path)
+    (run.folder / "report.json").unlink()
+    parts, folders = parts_of(prepare(run.config)), sorted(run.folder.rglob("repair"))
+    assert len(folders) == 3  # the run's own method and two others
+    there = sum(map(files.bytes_below, folders))
+    assert there <= parts["repair"] <= 1.5 * there
+    checkpoints = sum(files.bytes_below(run.folder / name) for name in ("pruned", "recovered"))
+    left = max(0, parts["checkpoints"] - checkpoints) + parts["repair"] - there
+    monkeypatch.setattr(files, "free_bytes", lambda path: left)
+    prepare(run.config)
+    for folder in folders:
+        shutil.rmtree(folder)
+    with pytest.raises(ConfigError, match="the run needs"):
+        prepare(run.config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "asked"),
+    [
+        ("llama", {"rounds": 2}),
+        ("llama", {"units": ["mlp", "attention"], "budget": "parameters"}),
+        ("gemma2", {"units": ["residual"]}),
+        ("mixtral", {"units": ["residual"]}),
+    ],
+)
+def test_what_repairs_leave_is_known_beforehand(
+    model_type: str,
+    asked: dict[str, Any],
+    make_model: Callable[..., Path],
+    run_config: RunConfigMaker,
+    make_context: MakeContext,
+    tmp_path: Path,
+) -> None:
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2} if model_type == "mixtral" else {}
+    model = {"path": str(make_model(tmp_path / "model", model_type, **experts))}
+    context = make_context(run_config(tmp_path, model=model, method={"name": "activation"}, prune=asked), until="apply")
+    prune(context, until="apply")
+    there = sum(map(files.bytes_below, context.job.folder.glob("round-*/repair")))
+    assert there <= parts_of(context.job)["repair"] <= 2 * there  # of two KV groups one goes

@@ -63,7 +63,8 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert found["storage_bytes.boundaries"] == TOKENS * 4096 * 2
     assert found["storage_bytes.checkpoints"] == 2 * 2 * 6_738_415_616
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
-    assert (found["storage_bytes.repair"], found["repair_flop"], found["seconds.repair"]) == (0, 0, 0)
+    assert (found["repair_flop"], found["seconds.repair"]) == (0, 0)
+    assert found["storage_bytes.repair"] == 2 * 32 * 4096 * 11008
     assert found["forward_flop"] == TOKENS * 32 * (2 * layer + 4 * 2048 * 4096)
     assert found["moments_flop"] == TOKENS * 32 * 2 * 11008**2
     assert (found["workers"], found["memory.per_worker"]) == (8, "22 GB")
@@ -73,6 +74,7 @@ def test_llama_2_7b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:
     assert str(found["memory.tensor"]).endswith("8 workers share every layer")
     assert str(found["schedule"]).startswith("pipeline: 13.2 GB of weights + 15.5 GB of moments")
     assert str(found["memory.evaluate"]).startswith("22.1 GB, does not fit: a worker holds the whole model")
+    assert str(found["memory.verify"]).startswith("at most 27 GB, ")  # 4 bytes each; redone in float16 22.1 GB
     assert found["analyst_memory_bytes"] == 6 * 4 * 4096 * 11008
 
 
@@ -142,12 +144,24 @@ def test_a_sequential_repair_by_hand(run_config: RunConfigMaker, tmp_path: Path)
     config = large(run_config, tmp_path, LLAMA_7B, memory_gb=22)
     config = config.model_copy(update={"prune": config.prune.model_copy(update={"repair": "sequential"})})
     found = estimate(config)
-    assert found["storage_bytes.repair"] == 4 * TOKENS * 4096 * 2 + 16 * 4 * 11008 * (11008 + 4096)
+    passing = 4 * TOKENS * 4096 * 2 + 16 * 4 * 11008 * (11008 + 4096)
+    assert found["storage_bytes.repair"] == passing + 2 * 32 * 4096 * 11008
     assert str(found["memory.repair"]).startswith("8.34 GB: one worker")  # 8 x 11008 x (6 x 11008 + 7 x 4096)
     forward, moments, repair = (int(str(found[f"{name}_flop"])) for name in ("forward", "moments", "repair"))
     assert repair == 3 * forward + moments + TOKENS * 32 * 2 * 11008 * 4096
     seconds = float(str(found["seconds"])), float(str(found["seconds.repair"]))
     assert seconds[1] / seconds[0] == pytest.approx(repair / (forward + moments), rel=0.02)
+
+
+def test_repairs_that_stay_are_counted_by_rounds_and_methods(run_config: RunConfigMaker, tmp_path: Path) -> None:
+    one = 4 * 2 * 32 * 48  # float32, layers, hidden, neurons
+    others = [{"name": "wanda"}, {"name": "flap"}, {"name": "block_influence"}]
+    for changes, times in (
+        ({"prune": {"rounds": 3}, "compare": others}, 3 + 2),
+        ({"method": {"name": "block_influence"}, "prune": {"ratio": 0.5}, "compare": others[:1]}, 1),
+        ({"prune": {"repair": "none"}, "compare": others}, 0),
+    ):
+        assert estimate(run_config(tmp_path, **changes))["storage_bytes.repair"] == times * one
 
 
 def test_llama_3_70b_by_hand(run_config: RunConfigMaker, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedModel
 
 from cria_dist import files
+from cria_dist.maths.allocation_rooms import SLOPE, Room
 from cria_dist.models import checkpoint
 from cria_dist.pipeline.latency import budget_of_times
 from cria_dist.records import Site
@@ -73,7 +75,30 @@ def test_the_clock_measures_real_models_and_keeps_the_result(task: TimingTask, p
 def test_the_budget_in_milliseconds_adds_up_to_the_layers() -> None:
     times = LayerTimes(100.0, 20.0, {"attention": ((1, 0.0), (2, 3.0)), "mlp": ((8, 0.0), (48, 12.0))})
     sites = {Site(0, "attention"): 2, Site(0, "mlp"): 48, Site(0, "block"): 1}
-    budget = budget_of_times(times, sites)
+    budget = budget_of_times(times, sites, {})
     assert budget.total == 100
     assert sum(budget.unit_cost[site] * width for site, width in sites.items()) == pytest.approx(20)
     assert budget.measured == {Site(0, "attention"): ((1, 0.0), (2, 3.0)), Site(0, "mlp"): ((8, 0.0), (48, 12.0))}
+
+
+def test_narrower_layers_take_what_was_measured_at_their_width() -> None:
+    """The second layer has half of the neurons, and one group of two, which the run leaves alone."""
+    times = LayerTimes(100.0, 20.0, {"attention": ((1, 0.0), (2, 3.0)), "mlp": ((8, 0.0), (24, 10.0), (48, 12.0))})
+    sites = {Site(0, "mlp"): 48, Site(0, "block"): 1, Site(1, "mlp"): 24, Site(1, "block"): 1}
+    budget = budget_of_times(times, sites, {Site(1, "attention"): 1})
+    taken = {site: budget.unit_cost[site] * width for site, width in sites.items()}
+    expected = {Site(0, "mlp"): 12, Site(0, "block"): 8, Site(1, "mlp"): 10, Site(1, "block"): 5}
+    assert taken == pytest.approx(expected, rel=2 * SLOPE)
+    assert budget.total == pytest.approx(100 - 2 - 3, rel=2 * SLOPE)
+
+
+def test_a_layer_where_times_are_flat_costs_little_but_something() -> None:
+    """Or the least step between two costs would be none, which choices are scaled by."""
+    times = LayerTimes(100.0, 20.0, {"mlp": ((8, 0.0), (24, 0.0), (48, 12.0))})
+    sites = {Site(0, "mlp"): 48, Site(1, "mlp"): 24}
+    budget = budget_of_times(times, sites, {})
+    narrow = Room(24, 8, 8, budget.unit_cost[Site(1)], budget.measured[Site(1)])
+    costs = [narrow.cost(width) for width in (8, 16, 24)]
+    assert min(np.diff(costs)) > 0
+    assert costs[-1] == pytest.approx(24 * budget.unit_cost[Site(1)])
+    assert costs[-1] < SLOPE * 12

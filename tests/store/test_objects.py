@@ -3,6 +3,7 @@
 import os
 import pickle
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from cria_dist.errors import ConfigError, DataError
+from cria_dist.pool import LocalPool
 from cria_dist.store import objects, places
 from cria_dist.store.objects import ObjectStorage
 from cria_dist.store.storage import LocalStorage
@@ -209,3 +211,96 @@ def test_a_run_records_into_a_bucket_and_another_takes_it_over(
         assert (folder / "activations").exists() == (name == "here")
         assert os.fsencode(url) not in (context.job.folder / "config.json").read_bytes()
     assert plans[0] == plans[1] != plans[2]
+
+
+class Meanwhile(LocalPool):
+    """After some items, before the next of them, something else happens."""
+
+    def __init__(self, items: int, happens: Callable[[], object]) -> None:
+        self._items, self._happens = items, happens
+
+    def map(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, done in enumerate(super().map(*args, **kwargs), 1):
+            yield done
+            if number == self._items:
+                self._happens()
+
+
+class Interrupted(Exception):
+    """A run was."""
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+@pytest.fixture
+def in_halves(run_config: Any, pico: Path) -> Callable[..., Any]:
+    """Runs on the pico model, recorded in two blocks of a layer each with hidden states in between."""
+    from cria_dist.models import checkpoint
+    from cria_dist.models.blocks import Block
+    from cria_dist.stages.footprint import Workload
+
+    def make(folder: Path, **record: Any) -> Any:
+        config = run_config(folder, record={"schedule": "sweep", **record}, recover={"steps": 0})
+        work = Workload(config, checkpoint.read_config(pico))
+        most = max(work.footprint(Block(layer, layer + 1, 2)).total for layer in range(2))
+        return run_config(folder, record={"schedule": "sweep", "memory_gb": 1.01e-9 * most, **record})
+
+    return make
+
+
+@pytest.mark.parametrize("after", [2, 4])
+def test_runs_that_share_a_recording_keep_what_they_pass_on_apart(
+    after: int, s3: Any, in_halves: Any, make_context: Any, tmp_path: Path
+) -> None:
+    """Both record 3 shards in 2 blocks at the same time: the second begins and ends between two items of the first."""
+    from cria_dist.pipeline import prune
+
+    url = s3.url(uuid.uuid4().hex)
+
+    def record(name: str, **options: Any) -> Path:
+        storage = None if name == "alone" else url
+        context = make_context(in_halves(tmp_path / name, storage=storage), until="record", **options)
+        prune(context, until="record")
+        return context.job.folder / "round-00"
+
+    alone = record("alone")
+    first = record("first", pool=Meanwhile(after, lambda: record("second")))
+    there = places.recorded(first)
+    assert there.storage.read("manifest.json") == (alone / "manifest.json").read_bytes()
+    assert there.is_complete()
+    assert there.storage.sizes("boundaries") == {}
+    assert not list((alone / "boundaries").rglob("*.safetensors"))
+
+
+def test_an_interrupted_run_finds_what_it_passed_on(s3: Any, in_halves: Any, make_context: Any, tmp_path: Path) -> None:
+    """Three shards are through the first block and one through the second: two items are left."""
+    from cria_dist.pipeline import prune
+
+    config = in_halves(tmp_path, storage=s3.url(uuid.uuid4().hex))
+    with pytest.raises(Interrupted):
+        prune(make_context(config, until="record", pool=Meanwhile(4, interrupt)), until="record")
+    counted: list[int] = []
+    prune(make_context(config, until="record", pool=Meanwhile(2, lambda: counted.append(2))), until="record")
+    assert counted == [2]
+    before = len(s3.requests)
+    prune(make_context(config, until="record", pool=Meanwhile(1, interrupt)), until="record")
+    assert not [path for method, path in s3.requests[before:] if method == "PUT" and "shard-" in path]
+
+
+def test_a_run_that_another_one_finished_for_takes_its_own_away(
+    s3: Any, in_halves: Any, make_context: Any, tmp_path: Path
+) -> None:
+    from cria_dist.pipeline import prune
+
+    url = s3.url(uuid.uuid4().hex)
+    config = in_halves(tmp_path / "one", storage=url)
+    with pytest.raises(Interrupted):
+        prune(make_context(config, until="record", pool=Meanwhile(4, interrupt)), until="record")
+    other = make_context(in_halves(tmp_path / "two", storage=url), until="record")
+    prune(other, until="record")
+    storage = places.recorded(other.job.folder / "round-00").storage
+    assert len(storage.sizes("boundaries")) == 3 - 1  # of the interrupted run
+    prune(make_context(config, until="record"), until="record")
+    assert storage.sizes("boundaries") == {}
