@@ -52,6 +52,11 @@ class Pool(Protocol):
         ...
 
     @property
+    def per_machine(self) -> int:
+        """At most how many workers share a machine, and its memory: of this pool and of those that run beside it."""
+        ...
+
+    @property
     def on_gpus(self) -> bool:
         """Whether the workers have GPUs."""
         ...
@@ -89,6 +94,7 @@ class LocalPool:
 
     description = "this process"
     workers = 1
+    per_machine = 1
     on_gpus = False
 
     def map(

@@ -1,12 +1,11 @@
 """After the decision: measure every variant, compare methods, prove that the checkpoint loads, report."""
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cria_dist import files
+from cria_dist import files, machine
 from cria_dist.methods import Method
 from cria_dist.pipeline import repair, rounds, weights
 from cria_dist.pipeline.context import Context
@@ -121,7 +120,7 @@ def demonstrate_variants(
     path = job.folder / "evaluations" / f"demonstration-{key[:16]}.json"
     if not path.is_file():
         task = demonstrate.Demonstration(
-            job.test_path, job.numerics, settings.prompts, settings.new_tokens, os.cpu_count() or 1
+            job.test_path, job.numerics, settings.prompts, settings.new_tokens, machine.cpus()
         )
         if job.test_labels_path is not None:
             task = replace(task, writes=False)

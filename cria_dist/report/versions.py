@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import platform
 
+from cria_dist.machine import cpus
+
 PACKAGES = (
     "cria-dist", "torch", "transformers", "ray", "numpy", "scipy", "pyarrow", "safetensors", "datasets", "pydantic",
 )  # fmt: skip
@@ -22,4 +24,4 @@ def machine_and_versions() -> dict[str, str]:
 
 def _machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB, {platform.machine()}, {platform.system()}"
+    return f"{cpus()} CPU cores, {memory:.0f} GiB, {platform.machine()}, {platform.system()}"

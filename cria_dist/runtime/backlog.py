@@ -85,17 +85,22 @@ class Backlog(Generic[Item]):
         self._losses[item] += 1
         losses = self._losses[item]
         if losses >= MAX_ATTEMPTS:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise WorkerError(str(item), f"lost {losses} times, last by: {reason[0]}; is there enough memory?")
-        delay = min(BACK_OFF_SECONDS * 2**losses, LONGEST_BACK_OFF_SECONDS)
+            raise WorkerError(str(item), f"lost {losses} times, last by: {in_short(error)}; is there enough memory?")
+        delay = back_off(losses)
         log.warning("%s was lost (%s), trying again in %.1f s", item, type(error).__name__, delay)
         heappush(self._delayed, (self._clock() + delay, self._position[item], item))
         self.waiting += 1
 
-    @property
-    def is_backing_off(self) -> bool:
-        """Whether an item waits for its time."""
-        return bool(self._delayed)
-
     def _make_ready(self, item: Item) -> None:
         heappush(self._ready[self._home.get(item, Anywhere)], (self._position[item], item))
+
+
+def back_off(losses: int) -> float:
+    """Seconds to wait after so many losses."""
+    return min(BACK_OFF_SECONDS * 2**losses, LONGEST_BACK_OFF_SECONDS)
+
+
+def in_short(error: BaseException) -> str:
+    """The line of Ray's message that says what happened: the last one of a failed start, else the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1 if "creation task" in lines[0] else 0]

@@ -4,6 +4,7 @@ A crew is placed on one node (``STRICT_PACK``). Each of its processes finds ``RA
 and ``LOCAL_WORLD_SIZE`` in its environment, and where they meet in ``CRIA_MEETING``.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -18,9 +19,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cria_dist.errors import CriaError
 from cria_dist.pool import as_worker_error
 from cria_dist.runtime import meeting
+from cria_dist.runtime.backlog import back_off, in_short
+from cria_dist.runtime.shape import Shape
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 MakeWorker = Callable[[], Callable[[Any], Any]]
+
+MAX_STARTS = 5
+"""After so many deaths in a row before it was ready a worker is counted out; 15 s of back-off are between them."""
 
 
 class _Host:
@@ -60,29 +68,6 @@ class _Host:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """What one worker is made of.
-
-    Attributes:
-        ranks: processes.
-        gpus: GPUs of each.
-    """
-
-    ranks: int
-    gpus: float
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """Resources of one process."""
-        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
-
-    @property
-    def cpus(self) -> float:
-        """CPUs of each: named, for an actor with a part of a GPU would take a whole one for life."""
-        return self.gpus if 0 < self.gpus < 1 else 1.0
-
-
-@dataclass(frozen=True, slots=True)
 class Done:
     """An item was done; ``result`` is that of rank 0."""
 
@@ -102,21 +87,36 @@ class Crew(Generic[Item]):
 
     Args:
         shape: its processes.
+
+    Attributes:
+        deaths: those in its place that died in a row before they were ready.
+        last_death: why the last of them did.
     """
 
     def __init__(self, shape: Shape) -> None:
-        self._since = time.monotonic()
+        self._since = self._due = time.monotonic()
         self.shape = shape
         self.item: Item | None = None
         self.is_ready = False
-        self._group = _pack(shape) if shape.ranks > 1 else None
-        self._hosts = [_start(shape, self._group, rank) for rank in range(shape.ranks)]
-        self.pending: list[Any] = [host.gpus.remote() for host in self._hosts]
+        self.deaths = 0
+        self.last_death = ""
+        self._group: PlacementGroup | None = None
+        self._hosts: list[Any] = []
+        self.pending: list[Any] = []
+        self._answer_of_first: Any = None
+        self._result: Any = None
+
+    def begin(self) -> None:
+        """Start the processes when their time has come; once they are there it does nothing."""
+        if self._hosts or time.monotonic() < self._due:
+            return
+        self._group = _pack(self.shape) if self.shape.ranks > 1 else None
+        self._hosts = [_start(self.shape, self._group, rank) for rank in range(self.shape.ranks)]
+        self.pending = [host.gpus.remote() for host in self._hosts]
         if self._group is not None:
             place = self._hosts[0].new_place.remote()
             self.pending = [host.join.remote(rank, place, *self.pending) for rank, host in enumerate(self._hosts)]
         self._answer_of_first = self.pending[0]
-        self._result: Any = None
 
     @property
     def is_idle(self) -> bool:
@@ -127,6 +127,10 @@ class Crew(Generic[Item]):
     def seconds_without_a_process(self) -> float:
         """How long it has been trying to start; 0 once it is ready."""
         return 0.0 if self.is_ready else time.monotonic() - self._since
+
+    def is_missing(self, seconds: float) -> bool:
+        """Whether to go on without it: it has been trying to start for longer than that, or died of it too often."""
+        return self.seconds_without_a_process > seconds or (self.deaths >= MAX_STARTS and not self.is_ready)
 
     def start(self, stage: int, made_by: Any, item: Item) -> None:
         """Send an item to every process, and the reference to what makes its worker."""
@@ -161,12 +165,15 @@ class Crew(Generic[Item]):
         item, self.item = self.item, None
         return Done(item, self._result)
 
-    def replaced(self) -> "Crew[Item]":
-        """Close this one and start another in its place."""
+    def replaced(self, reason: BaseException) -> "Crew[Item]":
+        """Close this one; another takes its place, later each time if none has become ready."""
         self.close()
         fresh = Crew[Item](self.shape)
         if not self.is_ready:
-            fresh._since = self._since
+            fresh.deaths, fresh.last_death = self.deaths + 1, in_short(reason)
+            delay = back_off(fresh.deaths)
+            fresh._since, fresh._due = self._since, time.monotonic() + delay
+            log.warning("a worker died before it was ready (%s), starting another in %.1f s", fresh.last_death, delay)
         return fresh
 
     def close(self) -> None:
@@ -190,14 +197,3 @@ def _start(shape: Shape, group: PlacementGroup | None, rank: int) -> Any:
         num_cpus=shape.cpus, num_gpus=shape.gpus, max_restarts=0, max_task_retries=0, scheduling_strategy=place
     )
     return remote(_Host).remote()
-
-
-def needs_and_nodes(shape: Shape) -> str:
-    """What one worker needs beside what the nodes have, for the error when no place is found."""
-    together = f"{shape.ranks} x {_amounts(shape.bundle)} on one node" if shape.ranks > 1 else _amounts(shape.bundle)
-    nodes = [_amounts(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    return f"a worker needs {together}; the nodes have {' | '.join(nodes)} in all"
-
-
-def _amounts(resources: dict[str, float]) -> str:
-    return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if kind in resources)

@@ -60,7 +60,7 @@ def _with_pool(job: Job, progress: Progress, until: Stage) -> Report | None:
     with ray_session(job.config) as workers:
         check_shared(job.model_dir, job.folder)
         gpus = gpus_per_worker(job.config)
-        pool = RayPool(workers, gpus)
+        pool = RayPool(workers, gpus, grows(job.config))
         progress.note(f"workers: {pool.description}")
         trainer = RayTrainer(job.config.recover.workers, gpus > 0, grows(job.config))
         if job.config.training_workers and until in ("recover", "evaluate"):

@@ -4,6 +4,7 @@ One item, not two: an item queued behind one that kills its worker would be accu
 is the 2-4 ms between an answer and the next item.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -13,25 +14,43 @@ import ray
 from cria_dist.errors import WorkerError
 from cria_dist.pool import Flow
 from cria_dist.runtime.backlog import Backlog
-from cria_dist.runtime.crew import Crew, Lost, Shape, needs_and_nodes
+from cria_dist.runtime.crew import Crew, Lost
 from cria_dist.runtime.metrics import Meter
+from cria_dist.runtime.shape import Shape, cpus_of_a_machine, needs_and_nodes
+
+log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 START_SECONDS = 300.0
 """After this long without a process a worker is counted out: its items go to others, if there are any."""
+PATIENT_SECONDS = 1800.0
+"""As long as training (``PATIENT_ATTEMPTS``) a stage waits for its first worker where the cluster starts nodes."""
+TELL_SECONDS = 60.0
 WAIT_SECONDS = 0.5
 
 
 class RayPool:
-    """Workers as Ray actors; they live from the first ``map`` to ``release``."""
+    """Workers as Ray actors; they live from the first ``map`` to ``release``.
 
-    def __init__(self, workers: int, gpus_per_worker: float = 0.0) -> None:
+    Args:
+        workers: how many.
+        gpus_per_worker: GPUs of each.
+        waits: for a cluster that grows on demand.
+        together: workers of all pools that work at the same time; 0: one per CPU. Default: this one's.
+    """
+
+    def __init__(
+        self, workers: int, gpus_per_worker: float = 0.0, waits: bool = False, together: int | None = None
+    ) -> None:
         self._workers = workers
         self._gpus = gpus_per_worker
+        self._waits = waits
+        self._together = workers if together is None else together
         self._crews: list[Crew[Any]] = []
         self._stage = 0
+        self._told = 0
 
     @property
     def description(self) -> str:
@@ -43,6 +62,12 @@ class RayPool:
     def workers(self) -> int:
         """See :attr:`cria_dist.pool.Pool.workers`."""
         return self._workers
+
+    @property
+    def per_machine(self) -> int:
+        """See :attr:`cria_dist.pool.Pool.per_machine`; without GPUs a worker takes a CPU."""
+        cpus = max(1, cpus_of_a_machine())
+        return min(self._together or cpus, cpus)
 
     @property
     def on_gpus(self) -> bool:
@@ -76,7 +101,7 @@ class RayPool:
                         continue  # of a crew that another answer has just ended
                     outcome = crew.receive(answer)
                     if isinstance(outcome, Lost):
-                        crews[number] = self._crews[number] = crew.replaced()
+                        crews[number] = self._crews[number] = crew.replaced(outcome.reason)
                         if crew.item is not None:
                             meter.lost()
                             backlog.lose(crew.item, outcome.reason)
@@ -84,6 +109,7 @@ class RayPool:
                         meter.done(outcome.result)
                         backlog.finish(outcome.item)
                         yield outcome.item, outcome.result
+                self._check_starts(crews)
         finally:
             self._drop_unfinished()
 
@@ -104,12 +130,27 @@ class RayPool:
         return self._crews[:count]
 
     def _hand_out(self, crews: list[Crew[Any]], backlog: Backlog[Any], made_by: Any) -> None:
-        absent = {number for number, crew in enumerate(crews) if crew.seconds_without_a_process > START_SECONDS}
+        for crew in crews:
+            crew.begin()
+        absent = {number for number, crew in enumerate(crews) if crew.is_missing(START_SECONDS)}
         for number, crew in enumerate(crews):
             if crew.is_idle and (item := backlog.take(number, absent)) is not None:
                 crew.start(self._stage, made_by, item)
-        if absent and not backlog.is_backing_off and all(crew.item is None for crew in crews):
-            raise WorkerError("workers", f"none started in {START_SECONDS:g} s; {needs_and_nodes(crews[0].shape)}")
+
+    def _check_starts(self, crews: list[Crew[Any]]) -> None:
+        """Say every minute that no worker has started yet.
+
+        Raises:
+            WorkerError: none will.
+        """
+        limit = PATIENT_SECONDS if self._waits else START_SECONDS
+        if all(crew.is_missing(limit) for crew in crews):
+            raise WorkerError("workers", _why_none_started(crews, limit))
+        waited = min(crew.seconds_without_a_process for crew in crews)
+        if waited // TELL_SECONDS > self._told:
+            needs = needs_and_nodes(crews[0].shape)
+            log.warning("no worker has started in %.0f s; waiting for at most %.0f s; %s", waited, limit, needs)
+        self._told = int(waited // TELL_SECONDS)
 
     def _drop_unfinished(self) -> None:
         """Close the workers that still have an item when the stage ends early; its answer would meet the next one."""
@@ -117,6 +158,17 @@ class RayPool:
             if crew.item is not None:
                 crew.close()
         self._crews = [crew for crew in self._crews if crew.item is None]
+
+
+def _why_none_started(crews: list[Crew[Any]], seconds: float) -> str:
+    """Why workers died at their start if they did, else what they ask for beside what there is."""
+    worst = max(crews, key=lambda crew: crew.deaths)
+    if not worst.deaths:
+        return f"none started in {seconds:g} s; {needs_and_nodes(crews[0].shape)}"
+    return (
+        f"none started; one died {worst.deaths} times before it was ready, last by: {worst.last_death}; has every node "
+        "the packages of this one, and enough memory?"
+    )
 
 
 def _answers(crews: list[Crew[Any]]) -> list[tuple[int, Any]]:

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray.exceptions import AuthenticationError
 
+from cria_dist import machine
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 
@@ -24,6 +26,10 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
+LET_IN = (
+    "give the cluster's token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token), or set "
+    "RAY_AUTH_MODE=disabled for one that asks for none"
+)
 OBJECT_STORE_BYTES = 128 << 20  # bulk data goes through files; 78 MiB is Ray's minimum
 
 
@@ -35,7 +41,7 @@ def ray_session(config: RunConfig) -> Generator[int]:
     started: it listens on loopback, and asks for a fresh token that is in a file only this user can read.
 
     Raises:
-        ConfigError: the cluster cannot be reached or has fewer CPUs than one worker needs.
+        ConfigError: the cluster cannot be reached, does not let this process in, or has no CPU for a worker.
     """
     address = config.run.address or os.environ.get("RAY_ADDRESS")
     if address is None:
@@ -63,7 +69,7 @@ def _provide_token() -> None:
 
 def _start_private(config: RunConfig) -> None:
     _provide_token()
-    cpus = max(os.cpu_count() or 1, config.run.workers, config.training_workers)
+    cpus = max(machine.cpus(), config.run.workers, config.training_workers)  # room for all that are asked for
     ray.init(
         address="local",
         num_cpus=cpus,
@@ -84,8 +90,14 @@ def _join(address: str, config: RunConfig) -> None:
             log_to_driver=False,
             runtime_env={"env_vars": worker_environment(config)},
         )
+    except AuthenticationError as error:
+        raise ConfigError(f"no token for the Ray cluster at {address!r}, or not its own; {LET_IN}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster at {address!r} ({error}); start one or leave run.address out") from error
+        # Ray says nothing else of a cluster that it asked for 20 s with the wrong token
+        raise ConfigError(
+            f"no Ray cluster at {address!r} that answers this process ({error}); start one or leave run.address out; "
+            f"where one runs, {LET_IN}"
+        ) from error
 
 
 def worker_environment(config: RunConfig) -> dict[str, str]:

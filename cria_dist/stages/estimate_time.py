@@ -1,11 +1,11 @@
 """What recording and a sequential repair have to compute, and how long they take."""
 
 import math
-import os
 from pathlib import Path
 
 import torch
 
+from cria_dist import machine
 from cria_dist.config import RunConfig
 from cria_dist.stages import probe
 from cria_dist.stages.footprint import Workload, num_shards
@@ -57,7 +57,7 @@ def workers_assumed(config: RunConfig) -> int:
     """Workers a run on this machine would have."""
     if config.run.pool == "local":
         return 1
-    return config.run.workers or torch.cuda.device_count() or os.cpu_count() or 1
+    return config.run.workers or torch.cuda.device_count() or machine.cpus()
 
 
 def _at_best(config: RunConfig, work: Workload, workers: int) -> float:

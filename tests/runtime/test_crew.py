@@ -17,8 +17,8 @@ from cria_dist.errors import NumericError, WorkerError
 from cria_dist.models import ranks
 from cria_dist.pool import Flow
 from cria_dist.runtime import pool as ray_pool
-from cria_dist.runtime.crew import Shape, needs_and_nodes
 from cria_dist.runtime.pool import RayPool
+from cria_dist.runtime.shape import Shape, needs_and_nodes
 from tests.runtime.listening import listeners
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("session")]

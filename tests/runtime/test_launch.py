@@ -10,6 +10,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.runtime import launch, train
+from cria_dist.runtime.pool import RayPool
 
 
 def test_sums_in_this_process_are_those_of_a_worker(
@@ -48,3 +49,26 @@ def test_a_recovery_without_room_is_refused_before_anything_is_recorded(
         launch.run(config)
     launch.run(config, "apply")
     assert reached == ["apply"]
+
+
+@pytest.mark.parametrize(("gpus", "waits"), [(1, True), (None, False)])
+def test_a_cluster_that_grows_is_waited_for(
+    gpus: int | None,
+    waits: bool,
+    run_config: Callable[..., RunConfig],
+    pico: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @contextmanager
+    def session(_: RunConfig) -> Generator[int]:
+        yield 1
+
+    monkeypatch.setattr(launch, "ray_session", session)
+    monkeypatch.setattr(launch, "gpus_per_worker", lambda _: 1.0)
+    monkeypatch.setattr(launch, "check_shared", lambda *_: None)
+    monkeypatch.setattr(launch, "prune", lambda context, *_: context.pool)
+    run = {"pool": "ray", "workers": 1, "gpus_per_worker": gpus}
+    pool = launch.run(run_config(tmp_path, model={"path": str(pico)}, run=run), "apply")[1]
+    assert isinstance(pool, RayPool)
+    assert pool._waits == waits

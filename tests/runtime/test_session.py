@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError
 
+from cria_dist import machine
 from cria_dist.config import RunConfig
 from cria_dist.errors import ConfigError
 from cria_dist.runtime import session
@@ -78,3 +80,50 @@ def test_a_teacher_with_gpus_of_its_own_wants_some(
             continue
         with pytest.raises(ConfigError, match=r"recover\.teacher_gpus=2 and the Ray cluster has no GPU; set it to 0"):
             session.gpus_per_worker(config)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            AuthenticationError("no token was found"),
+            r"^no token for the Ray cluster at '10\.0\.0\.1:6379', or not its own; ",
+        ),
+        (
+            ConnectionError("Failed to connect"),
+            r"^no Ray cluster at .*\(Failed to connect\); start one or leave run\.address",
+        ),
+    ],
+)
+def test_a_cluster_that_lets_nobody_in(
+    error: Exception,
+    message: str,
+    run_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray says the first of a missing token, and no more than the second of a wrong one."""
+
+    def refused(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(session.ray, "init", refused)
+    config = run_config(tmp_path, run={"address": "10.0.0.1:6379"})
+    with pytest.raises(ConfigError, match=message) as caught, session.ray_session(config):
+        pass
+    assert "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token" in str(caught.value)
+    assert "RAY_AUTH_MODE=disabled" in str(caught.value)
+
+
+def test_a_private_cluster_has_the_cpus_of_this_process_and_room_for_what_is_asked_for(
+    run_config: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = list[int]()
+    monkeypatch.setattr(machine, "cpus", lambda: 3)
+    monkeypatch.setattr(session, "_provide_token", lambda: None)
+    monkeypatch.setattr(session.ray, "init", lambda num_cpus, **_: started.append(num_cpus))
+    for workers, training in ((0, 1), (5, 1), (2, 4)):
+        session._start_private(
+            run_config(tmp_path, run={"workers": workers}, recover={"steps": 8, "workers": training})
+        )
+    assert started == [3, 5, 4]

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from cria_dist import machine
 from cria_dist.config import RunConfig
 from cria_dist.models import checkpoint
 from cria_dist.models.blocks import Block
@@ -109,14 +110,17 @@ def test_the_limits_of_a_container_count(tmp_path: Path) -> None:
     assert container_free(root, own) == 0
 
 
-def test_workers_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_on_one_machine_share_its_memory(
+    run_config: RunConfigMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=80_000))
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(machine, "cpus", lambda: 8)
     monkeypatch.setattr(memory, "container_free", lambda: 40_000)
     assert memory.measure(1) == 36_000
     assert memory.measure(4) == 9_000
-    assert memory.measure(64) == 4_500, "a machine of 8 CPUs holds 8 of them"
+    assert memory.measure(16) == 2_250, "as many as were asked for, however few CPUs there are"
+    assert memory.of_machine(run_config(tmp_path), 64) == 4_500, "a machine of 8 CPUs holds 8 of them"
     monkeypatch.setattr(memory, "container_free", lambda: float("inf"))
     assert memory.measure(1) == 72_000
 
@@ -132,5 +136,8 @@ def test_memory_is_measured_where_workers_live(
 ) -> None:
     monkeypatch.setattr(memory, "measure", lambda workers: 1000 + workers)
     assert memory.of_worker(run_config(tmp_path), LocalPool()) == 1001
+    pool = LocalPool()
+    pool.workers, pool.per_machine = 2, 8  # of a sweep with four trials at a time
+    assert memory.of_worker(run_config(tmp_path), pool) == 1008
     given = run_config(tmp_path, record={"memory_gb": 0.5})
     assert memory.of_worker(given, LocalPool()) == memory.of_machine(given, 3) == 500_000_000
