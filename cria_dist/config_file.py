@@ -3,9 +3,10 @@
 ``load("demo.toml", ["prune.ratio=0.3", "run.workers=4"])``.
 """
 
+import copy
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,16 +30,39 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_with_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, SweepConfig]:
     """Like :func:`load`, with the table ``[sweep]``."""
+    return parse_with_sweep(overridden(read(path), overrides))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What a TOML file says, not validated.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"configuration {str(path)!r} cannot be read ({error.strerror}); give a TOML file") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise ConfigError(f"configuration {str(path)!r} is not valid TOML: {error}") from error
+
+
+def overridden(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of plain data with ``dotted.key=value`` overrides applied.
+
+    Raises:
+        ConfigError: one is not of that form.
+    """
+    changed = copy.deepcopy(dict(tree))
     for override in overrides:
-        _override(tree, override)
-    sweep = _valid(SweepConfig, tree.pop("sweep", {}), "sweep")
-    return parse(tree), sweep
+        _override(changed, override)
+    return changed
+
+
+def parse_with_sweep(tree: Mapping[str, Any]) -> tuple[RunConfig, SweepConfig]:
+    """Like :func:`parse`, of data that may have a ``sweep``."""
+    sweep = _valid(SweepConfig, tree.get("sweep", {}), "sweep")
+    return parse({name: value for name, value in tree.items() if name != "sweep"}), sweep
 
 
 def parse(tree: dict[str, Any]) -> RunConfig:
@@ -80,7 +104,18 @@ def _override(tree: dict[str, Any], override: str) -> None:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
-    section[leaf] = _value(text)
+    value = _value(text)
+    is_typed = not isinstance(value, str | list | dict)
+    section[leaf] = text if is_typed and _takes_text(key) else value
+
+
+def _takes_text(key: str) -> bool:
+    """Whether a dotted key takes any string, as ``model.revision`` does, which may be ``1234567`` or ``12e4567``."""
+    found: Any = RunConfig
+    for name in key.split("."):
+        fields = getattr(found, "model_fields", {})
+        found = fields[name].annotation if name in fields else None
+    return found in (str, str | None)
 
 
 def _value(text: str) -> Any:

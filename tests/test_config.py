@@ -55,10 +55,24 @@ def test_overrides_take_the_type_of_the_value(toml: Path) -> None:
         ('"quoted"', "quoted"),
         ("a=b", "a=b"),
         ("", ""),
+        ("1234567", "1234567"),
+        ("12e4567", "12e4567"),  # the number is infinite
+        ("0x1f", "0x1f"),
+        ("2026-01-01", "2026-01-01"),
+        ("true", "true"),
     ],
 )
 def test_strings_need_no_quotes(text: str, value: str, toml: Path) -> None:
     assert load(toml, [f"model.path={text}"]).model.path == value
+
+
+def test_digits_are_a_text_where_one_is_wanted(toml: Path) -> None:
+    config = load(toml, ["model.revision=1234567", "model.revision=7654321", "run.folder=007", "seed=7", "name=2024"])
+    assert (config.model.revision, config.run.folder, config.seed, config.name) == ("7654321", "007", 7, "2024")
+    with pytest.raises(ConfigError, match=r"^model\.revision=\[7\]: .*string"):
+        load(toml, ["model.revision=[7]"])
+    with pytest.raises(ConfigError, match=r"^unknown key 'model\.path\.x'|'path' is a value"):
+        load(toml, ["model.path.x=7"])
 
 
 def test_an_override_can_make_a_section(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Panel:
     """One cost against the loss.
 
     Attributes:
-        cost: name of the cost with its unit.
+        cost: name of the cost with its unit; more may follow on lines below.
         loss: name of the loss.
         dense: cost and loss of the dense model.
         clouds: the trials.
@@ -52,11 +52,13 @@ LOOKS = {"before": (COLOURS["repaired"], "before recovery"), "after": (COLOURS["
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
-    """Write the plot as PNG."""
+    """Write the plot as PNG, two panels in a line."""
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            _draw(axes, panel)
+        figure = Figure(figsize=(WIDTH, 4.2 * lines), layout="constrained")
+        for number, panel in enumerate(panels, 1):
+            _draw(figure.add_subplot(lines, columns, number), panel)
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=3)
         figure.savefig(path)
 

@@ -10,7 +10,8 @@ from typing import Any
 from ray import tune
 
 from cria_dist.config.sweep import Choice, Range
-from cria_dist.stages.sweep import Search, Sweep, Trial
+from cria_dist.stages.sweep import Search, Sweep
+from cria_dist.stages.trial import Trial
 
 RANDOM_SHARE = 4
 """One in so many trials of a search is drawn at random, before the others."""
@@ -22,22 +23,28 @@ class Experiment:
 
     Attributes:
         name: of its folder.
-        trial: makes a trial of what Tune chose.
+        trial: makes a trial of what Tune chose; of a search, a ConfigError where its values do not go together.
+        label: names it, also then.
         space: what it chooses from.
         settings: how, as arguments of ``TuneConfig``.
     """
 
     name: str
     trial: Callable[[Mapping[str, Any]], Trial]
+    label: Callable[[Mapping[str, Any]], str]
     space: Mapping[str, Any]
     settings: Mapping[str, Any]
 
 
 def experiments(sweep: Sweep) -> Iterator[Experiment]:
     """All of a sweep, in turn."""
+
+    def trial(config: Mapping[str, Any]) -> Trial:
+        return sweep.trials[config["number"]]
+
     if not sweep.searches:
         numbers = tune.grid_search(list(range(len(sweep.trials))))
-        yield Experiment("tune", lambda config: sweep.trials[config["number"]], {"number": numbers}, {})
+        yield Experiment("tune", trial, lambda config: trial(config).label, {"number": numbers}, {})
     for number, search in enumerate(sweep.searches):
         yield _searching(f"tune-{number:02d}", search, sweep.base.seed)
 
@@ -55,10 +62,16 @@ def _searching(name: str, search: Search, seed: int) -> Experiment:
         "mode": "min",
     }
 
-    def trial(config: Mapping[str, Any]) -> Trial:
-        return search.trial({key: _value(choice, config[key]) for key, choice in search.choices.items()})
+    def values(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: _value(choice, config[key]) for key, choice in search.choices.items()}
 
-    return Experiment(name, trial, {key: _domain(choice) for key, choice in search.choices.items()}, settings)
+    return Experiment(
+        name,
+        lambda config: search.trial(values(config)),
+        lambda config: search.label(values(config)),
+        {key: _domain(choice) for key, choice in search.choices.items()},
+        settings,
+    )
 
 
 def _domain(choice: Choice) -> Any:

@@ -5,7 +5,8 @@ begin. When all are through, every run is finished by itself: its latency, its r
 on: Tune knows which trials are done, and each run knows how far it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -24,9 +25,11 @@ from cria_dist.runtime.session import gpus_per_worker, grows, ray_session
 from cria_dist.runtime.shared import check_shared
 from cria_dist.runtime.train import RayTrainer
 from cria_dist.stages import sweep_results
+from cria_dist.stages.job import Job
 from cria_dist.stages.prepare import prepare
-from cria_dist.stages.sweep import Sweep, Trial
+from cria_dist.stages.sweep import Sweep
 from cria_dist.stages.sweep_table import Row, row
+from cria_dist.stages.trial import Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +46,32 @@ class Share:
     workers: int
     gpus: float
 
-    def context(self, trial: Trial, until: Stage = "evaluate") -> Context:
-        """The surroundings of a trial's run."""
-        job = prepare(trial.config, until)
-        progress, race = Progress(job.folder), self.sweep.race(trial)
+    @contextmanager
+    def context(self, trial: Trial, until: Stage = "evaluate") -> Generator[Context]:
+        """The surroundings of a trial's run, for this process alone; its folder says how the block ended.
+
+        Raises:
+            ConfigError: it cannot be carried out, or another process is at it.
+        """
+        with locks.alone(trial.folder):
+            job = prepare(trial.config, until)
+            context = self._context(trial, job, Progress(job.folder))
+            state = "failed"
+            try:
+                yield context
+                state = "done"
+            finally:
+                context.pool.release()
+                context.progress.close(state)
+
+    def _context(self, trial: Trial, job: Job, progress: Progress) -> Context:
+        race = self.sweep.race(trial)
         if trial.config.run.pool == "local":
             torch.set_num_threads(1)  # see launch.py
             return Context(job, LocalPool(), train_here, progress, race)
         trainer = RayTrainer(trial.config.recover.workers, self.gpus > 0, grows(trial.config))
-        return Context(job, RayPool(self.workers, self.gpus), trainer, progress, race)
+        pool = RayPool(self.workers, self.gpus, grows(trial.config), together=self.sweep.base.run.workers)
+        return Context(job, pool, trainer, progress, race)
 
 
 def run(sweep: Sweep) -> list[Row]:
@@ -91,17 +111,12 @@ def carry_out(sweep: Sweep, workers: int) -> list[Row]:
 
 
 def _share_scores(sweep: Sweep, share: Share, progress: Progress) -> None:
-    """Record and score once what several trials read; they take it over. What fails here fails again in its trials."""
+    """Record and score once what several trials read; they take it over."""
     distinct = {trial.score_key: trial for trial in reversed(sweep.trials)}
     with progress.stage("record and analyse", total=len(distinct), unit="methods") as bar:
         for trial in reversed(distinct.values()):
-            with locks.alone(trial.folder):
-                context = share.context(trial, "analyse")
-                try:
-                    prune(context, trial.command, "analyse")
-                except CriaError as error:
-                    progress.note(f"trial {trial.label}: {error}")
-                context.pool.release()
+            with _left_to_it(trial, progress), share.context(trial, "analyse") as context:
+                prune(context, trial.command, "analyse")
             bar.advance()
 
 
@@ -111,11 +126,18 @@ def _share_times(sweep: Sweep, share: Share, progress: Progress) -> None:
         return
     with progress.stage("measure latency", total=len(sweep.timed), unit="trials") as bar:
         for trial in sweep.timed:
-            with locks.alone(trial.folder):
-                context = share.context(trial, "decide")
+            with _left_to_it(trial, progress), share.context(trial, "decide") as context:
                 latency.table(context)
-                context.pool.release()
             bar.advance()
+
+
+@contextmanager
+def _left_to_it(trial: Trial, progress: Progress) -> Generator[None]:
+    """What fails for a trial before it begins fails again in it, and is its failure alone."""
+    try:
+        yield
+    except CriaError as error:
+        progress.note(f"trial {trial.label}: {error}")
 
 
 def _measure(finished: Sequence[Trial], share: Share, progress: Progress) -> tuple[list[Row], dict[str, str]]:
@@ -124,8 +146,8 @@ def _measure(finished: Sequence[Trial], share: Share, progress: Progress) -> tup
     with progress.stage("measure", total=len(finished), unit="trials") as bar:
         for trial in finished:
             try:
-                with locks.alone(trial.folder):
-                    rows.append(_finish(trial, share.context(trial)))
+                with share.context(trial) as context:
+                    rows.append(_finish(trial, context))
             except CriaError as error:
                 failures[trial.label] = str(error)
             else:
@@ -136,11 +158,7 @@ def _measure(finished: Sequence[Trial], share: Share, progress: Progress) -> tup
 
 
 def _finish(trial: Trial, context: Context) -> Row:
-    try:
-        report = prune(context, trial.command)
-    finally:
-        context.pool.release()
-        context.progress.close()
+    report = prune(context, trial.command)
     if report is None:
         raise TypeError("a run that is not told to stop ends with a report")
     return row(trial.label, trial.command, context.job.folder, report, context.stopped)

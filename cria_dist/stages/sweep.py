@@ -5,7 +5,6 @@ trials share recordings and scores as any two runs do, and a run that exists alr
 """
 
 import itertools
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,39 +18,7 @@ from cria_dist.config.sweep import Choice, Range, SweepConfig
 from cria_dist.errors import ConfigError
 from cria_dist.stages import halving
 from cria_dist.stages.halving import Race
-from cria_dist.stages.prepare import run_folder
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One run of a sweep.
-
-    Attributes:
-        label: what sets it apart, ``prune.ratio=0.2 method.name=random``.
-        command: the command that does the same by itself.
-        config: its configuration.
-    """
-
-    label: str
-    command: str
-    config: RunConfig
-
-    @property
-    def folder(self) -> Path:
-        """Its run folder."""
-        return run_folder(self.config)
-
-    @property
-    def score_key(self) -> str:
-        """Equal for trials whose recordings and scores are the same."""
-        parts = self.config.result_part()
-        read = {name: value for name, value in parts.items() if name not in ("name", *AFTER_SCORING)}
-        return files.digest(read, self.config.prune.parts)
-
-
-AFTER_SCORING = ("prune", "recover", "evaluate")
-"""Sections that recording and scoring do not read, but for what is pruned."""
-
+from cria_dist.stages.trial import Base, Trial
 
 TIMED = ("prune.units", "prune.multiple")
 """Keys of a space that say which times a budget of latency is counted in."""
@@ -62,15 +29,13 @@ class Search:
     """Trials of one combination of the grid, each chosen after others are known.
 
     Attributes:
-        path: configuration file.
-        overrides: those of the command line.
-        point: those of the combination.
+        base: what all trials have in common.
+        point: overrides of the combination.
         choices: what is chosen, by key.
         count: number of trials.
     """
 
-    path: str
-    overrides: tuple[str, ...]
+    base: Base
     point: tuple[str, ...]
     choices: Mapping[str, Choice]
     count: int
@@ -81,8 +46,14 @@ class Search:
         Raises:
             ConfigError: it is not a valid run.
         """
-        chosen = [config_file.as_override(key, value) for key, value in values.items()]
-        return _trial(self.path, self.overrides, [*self.point, *chosen])
+        return self.base.trial(self._own(values))
+
+    def label(self, values: Mapping[str, Any]) -> str:
+        """That of :meth:`trial`, also where there is no such trial."""
+        return " ".join(self._own(values))
+
+    def _own(self, values: Mapping[str, Any]) -> list[str]:
+        return [*self.point, *(config_file.as_override(key, value) for key, value in values.items())]
 
     @property
     def example(self) -> Trial:
@@ -182,7 +153,8 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
         ConfigError: there is no grid, a combination is not a valid run, two are the same run, optuna is missing, or
             what is to be stopped early cannot be compared.
     """
-    base, settings = config_file.load_with_sweep(path, overrides)
+    tree = config_file.overridden(config_file.read(path), overrides)
+    base, settings = config_file.parse_with_sweep(tree)
     if not settings.axes and not settings.space:
         raise ConfigError(
             f"{path} has no grid; add a table [sweep.grid] to it, or 'sweep.grid.prune.ratio=[0.2, 0.3]' here"
@@ -191,14 +163,15 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
         raise ConfigError(f"run.folder={base.run.folder!r} is one folder and a sweep is many runs; set run.root")
     choices = [[config_file.as_override(key, value) for value in values] for key, values in settings.axes.items()]
     points = list(itertools.product(*choices))
-    searches = _searches(path, overrides, points, settings) if settings.space else ()
+    common = Base(path, tuple(overrides), tree)
+    searches = _searches(common, points, settings) if settings.space else ()
     corners = [trial for search in searches for trial in search.corners()]
     if of_units := [one for one in searches if "prune.units" in one.choices and one.counts_units]:
         raise ConfigError(
             f"sweep.space.prune.units with prune.ratio={of_units[0].example.config.prune.ratio:g} of the units would "
             "compare models of different sizes; set prune.budget=parameters, or put it into sweep.grid"
         )
-    trials = tuple(search.example for search in searches) or tuple(_trial(path, overrides, own) for own in points)
+    trials = tuple(search.example for search in searches) or tuple(common.trial(own) for own in points)
     twice = [folder for folder, count in Counter(trial.folder for trial in trials).items() if count > 1]
     if twice:
         same = " and ".join(repr(trial.label) for trial in trials if trial.folder == twice[0])
@@ -209,18 +182,7 @@ def plan(path: str, overrides: Sequence[str] = ()) -> Sweep:
     return Sweep(base, trials, settings.concurrency, searches, rungs, timed, tuple(corners))
 
 
-def _searches(
-    path: str, overrides: Sequence[str], points: Sequence[tuple[str, ...]], settings: SweepConfig
-) -> tuple[Search, ...]:
+def _searches(base: Base, points: Sequence[tuple[str, ...]], settings: SweepConfig) -> tuple[Search, ...]:
     if find_spec("optuna") is None:
         raise ConfigError("sweep.search='optuna' needs optuna, which is not installed; pip install 'cria-dist[sweep]'")
-    return tuple(Search(path, tuple(overrides), own, settings.choices, settings.trials) for own in points)
-
-
-def _trial(path: str, overrides: Sequence[str], own: Sequence[str]) -> Trial:
-    label = " ".join(own)
-    try:
-        config = config_file.load(path, [*overrides, *own])
-    except ConfigError as error:
-        raise ConfigError(f"trial {label!r}: {error}") from error
-    return Trial(label, shlex.join(["cria", "prune", path, *overrides, *own]), config)
+    return tuple(Search(base, own, settings.choices, settings.trials) for own in points)

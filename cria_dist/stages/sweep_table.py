@@ -1,5 +1,7 @@
 """What a sweep found: which trials no other beats in size and quality, and the best of each budget."""
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cria_dist.config.sweep import ALIKE
 from cria_dist.maths import pareto
 from cria_dist.methods import METHODS
 from cria_dist.records import Evaluation, Report
@@ -25,11 +28,13 @@ class Row:
         label: what sets it apart.
         command: the command that does the same by itself.
         checkpoint: folder of the model that is handed over.
-        budget: what was to be removed, in words; trials of one budget compete.
+        budget: what was to be removed, in words.
         dense: the model it started from.
         before: pruned, and repaired if it was; what recovery started from.
         after: the model that is handed over; ``before`` where there was no recovery.
         stopped: what became of a recovery that was stopped early; then ``before`` is all there is.
+        terms: of what model it was made and what it was scored on, ``key=value`` each; losses compare only where all
+            of them agree.
     """
 
     label: str
@@ -40,6 +45,7 @@ class Row:
     before: Evaluation
     after: Evaluation
     stopped: str | None = None
+    terms: tuple[str, ...] = ()
 
     def at(self, state: State) -> Evaluation:
         """The model before or after recovery."""
@@ -57,7 +63,7 @@ def row(label: str, command: str, folder: Path, report: Report, stopped: str | N
     if dense is None or end is None or before is None:
         raise TypeError("a report of a whole run has a dense and a pruned model")
     checkpoint = folder / ("recovered" if end.label == "recovered" else "pruned")
-    return Row(label, command, checkpoint, _budget(report.config), dense, before, end, stopped)
+    return Row(label, command, checkpoint, _budget(report.config), dense, before, end, stopped, _terms(report.config))
 
 
 def _budget(config: Mapping[str, Any]) -> str:
@@ -74,6 +80,34 @@ def _budget(config: Mapping[str, Any]) -> str:
     return f"{100 * prune['ratio']:.6g} % of {prune['budget']}{of}"
 
 
+def _terms(config: Mapping[str, Any]) -> tuple[str, ...]:
+    terms: list[str] = []
+    for key in ALIKE:
+        if not key.startswith("prune."):  # those are the budget
+            terms += _leaves(key, functools.reduce(operator.getitem, key.split("."), config))
+    return tuple(terms)
+
+
+def _leaves(key: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [leaf for name, one in value.items() for leaf in _leaves(f"{key}.{name}", one)]
+    return [f"{key}={value}"]
+
+
+def alike(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """The trials whose losses compare, by those of their terms that not all of the rows have in common."""
+    common = set[str].intersection(*(set(one.terms) for one in rows)) if rows else set[str]()
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for one in rows:
+        groups.setdefault(tuple(term for term in one.terms if term not in common), []).append(one)
+    return groups
+
+
+def contests(rows: Sequence[Row]) -> dict[Row, str]:
+    """What every trial competes in, in words: its budget, with the terms that not all have in common."""
+    return {one: ", ".join([one.budget, *terms]) for terms, group in alike(rows).items() for one in group}
+
+
 def loss(one: Evaluation) -> float:
     """What a sweep wants small: perplexity, or the share of wrong labels of a classifier."""
     return one.perplexity if one.accuracy is None else 1 - one.accuracy
@@ -85,18 +119,21 @@ def latency(one: Evaluation) -> float | None:
 
 
 def front(rows: Sequence[Row], state: State) -> tuple[bool, ...]:
-    """Which trials have no other that is at least as small and as good, and better in one of the two."""
-    points = [(one.at(state).parameters, one.loss(state)) for one in rows]
-    return tuple(bool(there) for there in pareto.front(np.array(points, dtype=np.float64).reshape(-1, 2)))
+    """Which trials have no other of the same terms that is at least as small and as good, and better in one of both."""
+    found: dict[Row, bool] = {}
+    for group in alike(rows).values():
+        points = [(one.at(state).parameters, one.loss(state)) for one in group]
+        found |= zip(group, map(bool, pareto.front(np.array(points, dtype=np.float64))), strict=True)
+    return tuple(found[one] for one in rows)
 
 
 def best(rows: Sequence[Row]) -> dict[str, Row]:
-    """The trial with the least loss of each budget; those whose loss is not a number, or were stopped, have none."""
+    """The trial with the least loss of each contest; those whose loss is not a number, or were stopped, have none."""
     found: dict[str, Row] = {}
-    for one in rows:
-        there = found.get(one.budget)
+    for one, contest in contests(rows).items():
+        there = found.get(contest)
         if np.isfinite(one.loss("after")) and (there is None or one.loss("after") < there.loss("after")):
-            found[one.budget] = one
+            found[contest] = one
     return found
 
 
@@ -125,12 +162,13 @@ def grid(rows: Sequence[Row]) -> Grid:
 def record(rows: Sequence[Row]) -> dict[str, Any]:
     """Everything as plain data, in the order of the trials."""
     fronts = {state: front(rows, state) for state in ("before", "after")}
-    champions = best(rows).values()
+    champions, contest = best(rows).values(), contests(rows)
     return {
         "schema": SWEEP_SCHEMA,
         "trials": [
             {
-                **{name: _plain(value) for name, value in asdict(one).items() if (name, value) != ("stopped", None)},
+                **_facts(one),
+                "budget": contest[one],
                 "front_before": fronts["before"][index],
                 "front_after": fronts["after"][index],
                 "best_of_budget": one in champions,
@@ -138,6 +176,11 @@ def record(rows: Sequence[Row]) -> dict[str, Any]:
             for index, one in enumerate(rows)
         ],
     }
+
+
+def _facts(one: Row) -> dict[str, Any]:
+    unsaid = {"terms"} if one.stopped else {"terms", "stopped"}
+    return {name: _plain(value) for name, value in asdict(one).items() if name not in unsaid}
 
 
 def quality_name(rows: Sequence[Row]) -> str:

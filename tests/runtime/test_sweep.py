@@ -23,7 +23,6 @@ from cria_dist.pipeline import prune, results
 from cria_dist.report.writer import report_from_json
 from cria_dist.runtime import launch, trials
 from cria_dist.runtime import sweep as sweeps
-from cria_dist.runtime.experiments import experiments
 from cria_dist.stages.prepare import run_folder
 from cria_dist.stages.recover import read_log
 from cria_dist.stages.sweep import plan
@@ -260,14 +259,3 @@ def test_more_training_workers_than_there_are_places_is_an_error_at_once(write_s
     with pytest.raises(ConfigError, match=r"^sweep.concurrency=99 is more than there are workers \(2\)"):
         sweeps.carry_out(sweep, session)
     assert not sweep.folder.exists()
-
-
-def test_pickles_that_others_could_have_written_are_not_read(write_sweep: WriteSweep) -> None:
-    sweep = plan(str(write_sweep({"prune": {"ratio": [0.25, 0.5]}})))
-    folder = sweep.folder / f"tune-{sweep.concurrency}"
-    folder.mkdir(parents=True)
-    (folder / "tuner.pkl").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    (folder / "experiment_state-1.json").write_text("{}")
-    folder.chmod(0o770)
-    with pytest.raises(ConfigError, match=r"holds pickles and is not this user's alone; delete it"):
-        trials._tuner(sweep, next(experiments(sweep)), lambda config: None)

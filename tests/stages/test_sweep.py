@@ -179,6 +179,17 @@ def test_a_search_of_its_own_for_every_combination_of_the_grid(write: Callable[[
     assert plan(path, ["seed=5", "sweep.trials=6"]).folder != sweep.folder == plan(path, ["seed=5"]).folder
 
 
+def test_a_search_goes_on_with_the_file_as_it_was_when_it_began(write: Callable[[str], str]) -> None:
+    path = write(SPACE)
+    [search, _] = plan(path).searches
+    values = {"recover.learning_rate": 1e-4, "method": {"name": "random"}}
+    before = search.trial(values)
+    write(SPACE + "[data]\ncalibration_sequences = 192\n")
+    assert search.trial(values) == before
+    Path(path).unlink()
+    assert search.trial(values) == before
+
+
 def test_times_are_measured_for_all_that_a_search_may_choose(write: Callable[[str], str]) -> None:
     latency = ["prune.budget=latency", "prune.allocation=sensitivity"]
     space = "'prune.multiple' = [1, 4]\n'prune.units' = [['mlp'], ['mlp', 'attention']]\n'prune.ridge' = [1e-4, 1e-3]\n"

@@ -119,6 +119,46 @@ def test_trials_of_different_sizes_do_not_compete(changes: dict[str, Any], budge
     assert row("x", "cria prune", finished_run.folder, replace(report, config=config)).budget == budget
 
 
+def test_losses_on_other_texts_or_of_other_models_do_not_compete(rows: list[Row], finished_run) -> None:
+    report = report_from_json(finished_run.folder / "report.json")
+    assert len(report.config["data"]["test"]) > 1
+
+    def terms(**changes: Any) -> tuple[str, ...]:
+        data = {**report.config["data"], **changes}
+        return row(
+            "x", "cria prune", finished_run.folder, replace(report, config={**report.config, "data": data})
+        ).terms
+
+    text = {**report.config["data"]["test"], "part": "all"}
+    assert set(terms(test=text)) ^ set(terms()) == {"data.test.part=all", "data.test.part=second"}
+    assert set(terms(sequence_length=99)) - set(terms()) == {"data.sequence_length=99"}
+    assert terms(calibration_sequences=99) == terms()
+
+    few, many = terms(test_sequences=8), terms(test_sequences=9)
+    mixed = [replace(one, terms=many if one.label in "bc" else few) for one in rows]
+    assert {contest: one.label for contest, one in best(mixed).items()} == {
+        "20.0 % of units, data.test_sequences=8": "a",
+        "40.0 % of units, data.test_sequences=8": "e",
+        "20.0 % of units, data.test_sequences=9": "b",
+        "40.0 % of units, data.test_sequences=9": "c",
+    }
+    assert front(mixed, "after") == (True, True, True, False, True)
+    told = record(mixed)["trials"]
+    assert told[1]["budget"] == "20.0 % of units, data.test_sequences=9"
+    assert [one["best_of_budget"] for one in told] == [True, True, True, False, True]
+    assert len(sweep_results.panels(mixed)) == 2 * len(sweep_results.panels(rows))
+    assert best([replace(one, terms=few) for one in rows]).keys() == best(rows).keys()
+
+
+def test_links_have_names_of_their_own_and_old_ones_go(rows: list[Row], tmp_path: Path) -> None:
+    terms = [(f"model.path=/{'very-' * 60}long",), ("model.path=a/b",), ("model.path=a-b",), (), ()]
+    sweep_results.write(rows[:2], tmp_path)
+    sweep_results.write([replace(one, terms=own) for one, own in zip(rows, terms, strict=True)], tmp_path)
+    names = sorted(link.name[:-8] for link in (tmp_path / "best").iterdir())
+    assert names[:2] == ["20.0-of-units-model.path-a-b-", f"20.0-of-units-model.path-{'very-' * 15}-"]
+    assert names[2:] == ["40.0-", "40.0-of-units-model.path-a-b-"]
+
+
 def test_files_of_a_sweep_and_links_that_move_with_the_folder(rows: list[Row], tmp_path: Path) -> None:
     moved = [replace(one, checkpoint=tmp_path / "runs" / one.label / "recovered") for one in rows]
     for one in moved:
