@@ -13,7 +13,9 @@ WORKDIR /home/ray/cria
 # The heavy packages first: they change seldom. PyPI's torch brings the libraries of CUDA 13 with it, and so does CuPy
 # below: the nodes need a driver of 580 or later, and the base image's own CUDA is not used.
 COPY --chown=ray:users constraints.txt ./
-RUN pip install --no-cache-dir --constraint constraints.txt torch transformers accelerate datasets
+# Ray's images bring the CuPy of CUDA 12, which has its files where that of CUDA 13 puts its own.
+RUN pip uninstall --yes cupy-cuda12x \
+    && pip install --no-cache-dir --constraint constraints.txt torch transformers accelerate datasets
 
 COPY --chown=ray:users pyproject.toml README.md LICENSE ./
 COPY --chown=ray:users cria_dist ./cria_dist

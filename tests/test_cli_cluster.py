@@ -1,14 +1,17 @@
 """`cria submit` and `cria sweep` before anything is reached: what they would call, and what they refuse."""
 
 import shlex
+import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 from typer.testing import CliRunner, Result
 
 from cria_dist import cli
 from cria_dist.cli import running
 from cria_dist.errors import ConfigError
+from cria_dist.runtime import submit as jobs
 from cria_dist.runtime.submit import read_token
 from cria_dist.stages.sweep import plan
 
@@ -33,7 +36,7 @@ def test_a_dry_run_prints_the_line_that_ray_takes() -> None:
     assert submission.startswith("cria-prune-demo-")
     assert words == [
         *("ray", "job", "submit", "--address", "http://head:8265", "--submission-id", submission),
-        *("--working-dir", str(CONFIGS), "--"),
+        *("--working-dir", str(CONFIGS), "--runtime-env-json", '{"excludes": [".?*"]}', "--"),
         *("python", "-m", "cria_dist", "prune", "demo.toml", "run.root=/data/runs", "prune.ratio=0.3"),
     ]
 
@@ -72,6 +75,53 @@ def test_what_would_fail_on_the_cluster_is_said_here(arguments: list[str], messa
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def submitted_from(folder: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> Result:
+    """A dry run with a configuration in this folder."""
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.toml").write_text('model = { path = "m" }')
+    return call("submit", "--dry-run", "prune", str(folder / "run.toml"), "run.root=/d")
+
+
+def test_neither_home_nor_the_token_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, token = tmp_path / "users" / "me", tmp_path / "work" / "keys" / "token"
+    for folder in (home, home.parent):
+        result = submitted_from(folder, monkeypatch, HOME=str(home))
+        assert result.exit_code == 2
+        assert (
+            f"the working directory {folder} would travel to the cluster, and it holds your home; put" in result.stderr
+        )
+    assert submitted_from(home / "run", monkeypatch, HOME=str(home)).exit_code == 0
+    token.parent.mkdir(parents=True)
+    token.write_text("s3cret")
+    result = submitted_from(tmp_path / "work", monkeypatch, HOME=str(home), RAY_AUTH_TOKEN_PATH=str(token))
+    assert result.exit_code == 2
+    assert f"it holds the token {token}; put" in result.stderr
+    assert submitted_from(tmp_path / "work" / "run", monkeypatch, HOME=str(home)).exit_code == 0
+
+
+def test_what_is_hidden_stays_here(tmp_path: Path) -> None:
+    """Ray itself packs the folder."""
+    folder = tmp_path / "work"
+    for name in ("run.toml", ".env", "texts/a.txt", "texts/.netrc", "texts/..b", ".ssh/id", "texts/.keys/id", "a..b"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    environment = jobs.Call("name", ("true",), folder).environment()
+    create_package(folder, tmp_path / "sent.zip", include_gitignore=True, excludes=environment["excludes"])
+    with zipfile.ZipFile(tmp_path / "sent.zip") as sent:
+        assert sorted(sent.namelist()) == ["a..b", "run.toml", "texts/a.txt"]
+
+
+def test_a_hidden_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".mine.toml").write_text('model = { path = "m" }')
+    result = call("submit", "--dry-run", "prune", str(tmp_path / ".mine.toml"), "run.root=/d")
+    assert result.exit_code == 2
+    assert ".mine.toml is hidden in" in result.stderr
 
 
 @pytest.mark.parametrize("verb", ["prune", "sweep"])

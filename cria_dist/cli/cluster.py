@@ -19,7 +19,7 @@ Address = Annotated[
     str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster; forward its port if needed.")
 ]
 WorkingDir = Annotated[
-    Path | None, typer.Option(help="Folder that travels with the job; default: that of CONFIG, which must be inside.")
+    Path | None, typer.Option(help="Folder that travels with the job, less what is hidden in it; default: CONFIG's.")
 ]
 Python = Annotated[str, typer.Option(help="Interpreter on the cluster that has this package.")]
 Again = Annotated[bool, typer.Option("--again", help="Submit another attempt although the last one succeeded.")]
@@ -48,6 +48,7 @@ def submit(
         inside = _relative(Path(config), folder)
         from cria_dist.runtime import submit as jobs  # ray; see running.py
 
+        jobs.check_folder(folder)
         content = files.digest(verb, settings.model_dump(mode="json"), sweep.model_dump(mode="json"))
         there = (python, "-m", "cria_dist", verb, inside, *overrides)
         call = jobs.Call(f"cria-{verb}-{settings.name}-{content[:8]}", there, folder)
@@ -72,4 +73,9 @@ def _relative(config: Path, folder: Path) -> str:
     """Where the configuration is in the folder that travels."""
     if not config.resolve().is_relative_to(folder):
         raise ConfigError(f"{config} is not in the working directory {folder}; choose a --working-dir that holds it")
-    return str(config.resolve().relative_to(folder))
+    inside = config.resolve().relative_to(folder)
+    if any(part.startswith(".") for part in inside.parts):
+        raise ConfigError(
+            f"{inside} is hidden in {folder}, and what is hidden does not travel; name it without the dot"
+        )
+    return str(inside)

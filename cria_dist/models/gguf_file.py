@@ -14,7 +14,7 @@ from cria_dist.files import write_with
 from cria_dist.models import checkpoint
 from cria_dist.models.gguf_layout import Layout, layout_of
 from cria_dist.models.gguf_tensors import outgoing
-from cria_dist.models.gguf_tokenizer import describe_tokenizer
+from cria_dist.models.gguf_tokenizer import describe_tokenizer, read_tokenizer
 from cria_dist.models.shapes import Stored, stored_tensors
 
 if TYPE_CHECKING:
@@ -46,14 +46,27 @@ def write_gguf(directory: Path, target: Path, float32: bool = False) -> Layout:
     """
     if find_spec("gguf") is None:
         raise ConfigError(f"the GGUF export needs the package gguf, which is not installed; {INSTALL}")
+    layout, stored = check_gguf(directory), stored_tensors(directory)
+    if float32:
+        stored = {name: Stored(tensor.shape, "F32") for name, tensor in stored.items()}
+    write_with(target, lambda temporary: _write(directory, layout, stored, temporary))
+    return layout
+
+
+def check_gguf(directory: Path) -> Layout:
+    """How llama.cpp sees a checkpoint, by its headers alone; names of tensors are looked up where ``gguf`` is there.
+
+    Raises:
+        ConfigError: llama.cpp does not know such weights, such a model or such a tokenizer.
+    """
     stored = stored_tensors(directory)
     odd = sorted({one.dtype for one in stored.values()} - FILE_TYPES.keys())
     if odd:
         raise ConfigError(f"weights of type {odd[0]} have no GGUF export; save the checkpoint in bfloat16")
     layout = layout_of(checkpoint.read_config(directory))
-    if float32:
-        stored = {name: Stored(tensor.shape, "F32") for name, tensor in stored.items()}
-    write_with(target, lambda temporary: _write(directory, layout, stored, temporary))
+    read_tokenizer(directory)
+    if find_spec("gguf") is not None:
+        outgoing(layout, stored)
     return layout
 
 

@@ -44,15 +44,13 @@ def describe_tokenizer(directory: Path, vocabulary: int, writer: "GGUFWriter") -
     Raises:
         ConfigError: llama.cpp has no name for this tokenizer.
     """
-    if not (directory / TOKENIZER).is_file():
+    described = read_tokenizer(directory)
+    if described is None:
         writer.add_tokenizer_model("none")
         return
     import gguf
 
-    described = json.loads((directory / TOKENIZER).read_text(encoding="utf-8"))
     model = described["model"]
-    if model.get("type") != "BPE":
-        raise ConfigError(f"a tokenizer of type {model.get('type')!r} has no GGUF export; there is one for BPE")
     pieces = bool(model.get("byte_fallback"))
     special = gguf.SpecialVocab(directory, load_merges=not pieces, n_vocab=vocabulary)
     if pieces:
@@ -68,6 +66,24 @@ def describe_tokenizer(directory: Path, vocabulary: int, writer: "GGUFWriter") -
     writer.add_token_types(kinds)
     special.add_special_token = _added(checkpoint.load_tokenizer(directory))
     special.add_to_gguf(writer, quiet=True)
+
+
+def read_tokenizer(directory: Path) -> dict[str, Any] | None:
+    """``tokenizer.json`` of a checkpoint; None where there is none.
+
+    Raises:
+        ConfigError: llama.cpp has no name for this tokenizer.
+    """
+    path = directory / TOKENIZER
+    if not path.is_file():
+        return None
+    described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    model = described["model"]
+    if model.get("type") != "BPE":
+        raise ConfigError(f"a tokenizer of type {model.get('type')!r} has no GGUF export; there is one for BPE")
+    if not model.get("byte_fallback"):
+        cut_name(described.get("pre_tokenizer"))
+    return described
 
 
 def cut_name(pre_tokenizer: Mapping[str, Any] | None) -> str:
@@ -98,7 +114,10 @@ def _step(part: Mapping[str, Any] | None) -> str:
 
 
 def _tokens(described: Mapping[str, Any], vocabulary: int) -> tuple[list[bytes], list[int]]:
-    """Every id's token, and what kind it is of."""
+    """Every id's token, and what kind it is of; an id beyond the embedding is none that the model can read or write.
+
+    Gemma 3 1B has one: its ``<image_soft_token>`` is id 262,144 of a vocabulary of as many.
+    """
     import gguf
 
     added = {one["content"]: one for one in described.get("added_tokens", [])}
@@ -107,6 +126,8 @@ def _tokens(described: Mapping[str, Any], vocabulary: int) -> tuple[list[bytes],
     kinds = [int(gguf.TokenType.UNUSED)] * vocabulary
     unknown, pieces = described["model"].get("unk_token"), bool(described["model"].get("byte_fallback"))
     for text, number in ids.items():
+        if number >= vocabulary:
+            continue
         tokens[number] = text.encode()
         kind = gguf.TokenType.NORMAL
         if text == unknown:
@@ -126,7 +147,8 @@ def _piece_scores(described: Mapping[str, Any], vocabulary: int) -> Sequence[flo
     ids = described["model"]["vocab"]
     for rank, merge in reversed(list(enumerate(merges))):
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        scores[ids["".join(pair)]] = float(-rank)
+        if (number := ids["".join(pair)]) < vocabulary:
+            scores[number] = float(-rank)
     return scores
 
 

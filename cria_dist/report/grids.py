@@ -1,7 +1,8 @@
 """The tables of a report as plain text cells; the terminal and the page show the same ones."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -64,17 +65,29 @@ def final(report: Report) -> Evaluation | None:
 
 
 def contenders(report: Report) -> tuple[Contender, ...]:
-    """This run first, then the compared methods in the order given, grouped by label."""
+    """This run first, then the compared methods in the order given."""
     found: list[Contender] = []
     end = final(report)
     if end is not None:
         states = {name: variant(report, name) for name in ("pruned", "repaired", "recovered")}
         found.append(Contender(f"{end.method} (this run)", **states))
-    for label in dict.fromkeys(one.label for one in report.comparison):
-        rows = [one for one in report.comparison if one.label == label]
-        plain = next((one for one in rows if one.repair == "none"), None)
-        found.append(Contender(label, plain, next((one for one in rows if one.repair != "none"), None)))
-    return tuple(found)
+    compared: list[Contender] = []
+    for one in report.comparison:  # a method's rows stand together; another one of the same title begins them anew
+        state = "pruned" if one.repair == "none" else "repaired"
+        if not compared or compared[-1].name != one.label or getattr(compared[-1], state) is not None:
+            compared.append(Contender(one.label))
+        compared[-1] = replace(compared[-1], **{state: one})
+    return (*found, *_told_apart(compared, report.config.get("compare", ())))
+
+
+def _told_apart(compared: Sequence[Contender], methods: Sequence[Mapping[str, Any]]) -> Iterator[Contender]:
+    """Methods of one title get the options in which they differ beside it."""
+    configured = list(zip(compared, methods, strict=False))
+    for index, one in enumerate(compared):
+        alike = [method for other, method in configured if other.name == one.name]
+        own = methods[index] if index < len(methods) else {}
+        differing = [f"{key}={value}" for key, value in own.items() if any(other.get(key) != value for other in alike)]
+        yield replace(one, name=", ".join((one.name, *differing)))
 
 
 def variants_grid(report: Report) -> Grid:

@@ -4,6 +4,7 @@ An attempt continues from what the one before left on storage, so the run folder
 """
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -28,6 +29,9 @@ Answer = TypeVar("Answer")
 
 TOKEN_FILE = Path(".ray") / "auth_token"
 ADDRESS = "RAY_API_SERVER_ADDRESS"
+HIDDEN = ".?*"
+"""What of the working directory stays here, at any depth: keys, tokens, caches. A plain ``.*`` would leave all of it
+out, for Ray calls the folder itself ``.``."""
 RECONNECT_SECONDS = 2.0
 AGENT_SECONDS = 60.0
 CHATTY = ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging")
@@ -42,7 +46,7 @@ class Call:
     Attributes:
         name: submission id without the number of the attempt; equal calls have equal names.
         command: what the job runs, in the working directory.
-        working_dir: local folder that travels with the job.
+        working_dir: local folder that travels with the job, but for what is hidden in it.
     """
 
     name: str
@@ -59,8 +63,14 @@ class Call:
 
     def as_command(self, address: str) -> str:
         """The ``ray job submit`` line that does the same."""
-        ours = ["--address", address, "--submission-id", self.submission_id(1), "--working-dir", str(self.working_dir)]
+        environment = self.environment()
+        ours = ["--address", address, "--submission-id", self.submission_id(1)]
+        ours += ["--working-dir", environment.pop("working_dir"), "--runtime-env-json", json.dumps(environment)]
         return shlex.join(["ray", "job", "submit", *ours, "--", *self.command])
+
+    def environment(self) -> dict[str, Any]:
+        """Ray's runtime_env."""
+        return {"working_dir": str(self.working_dir), "excludes": [HIDDEN]}
 
 
 def submit(call: Call, address: str, again: bool = False) -> int:
@@ -125,6 +135,30 @@ def _named(address: str) -> Generator[None]:
             os.environ[ADDRESS] = before
 
 
+def check_folder(folder: Path) -> None:
+    """What travels is on every node, and whoever may use the cluster can read it.
+
+    Args:
+        folder: what is to travel, resolved.
+
+    Raises:
+        ConfigError: it is the user's home or around it, or the token is in it.
+    """
+    holds = "your home" if Path.home().resolve().is_relative_to(folder) else ""
+    if (token := token_path().resolve()).is_file() and token.is_relative_to(folder):
+        holds = f"the token {token}"
+    if holds:
+        raise ConfigError(
+            f"the working directory {folder} would travel to the cluster, and it holds {holds}; put the configuration "
+            "and its texts into a folder of their own"
+        )
+
+
+def token_path() -> Path:
+    """Where the token's file is, if there is one."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / TOKEN_FILE)
+
+
 def read_token() -> str:
     """The token, from where Ray looks for it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
 
@@ -133,7 +167,7 @@ def read_token() -> str:
     """
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / TOKEN_FILE)
+    path = token_path()
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
         token = path.read_text(encoding="ascii").strip()
@@ -170,11 +204,10 @@ def _submit_or_join(client: JobSubmissionClient, call: Call, again: bool) -> str
 
 def _send(client: JobSubmissionClient, call: Call, job: str) -> None:
     """Submit under a name; the agent that starts jobs comes up later than the dashboard."""
-    environment: dict[str, Any] = {"working_dir": str(call.working_dir)}
     deadline = time.monotonic() + AGENT_SECONDS
     while True:
         try:
-            client.submit_job(entrypoint=call.entrypoint(), submission_id=job, runtime_env=environment)
+            client.submit_job(entrypoint=call.entrypoint(), submission_id=job, runtime_env=call.environment())
         except RuntimeError as error:
             if "already exists" in str(error):
                 return  # somebody was quicker with the same command

@@ -4,19 +4,26 @@ Always on the CPU and in float32: it is the weights that are compared, and two k
 than a wrong weight does (5e-3 of the largest logit in bfloat16, on one machine).
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from cria_dist.models import checkpoint
-from cria_dist.models.shapes import stored_tensors
+from cria_dist.models.shapes import Stored, stored_tensors
+from cria_dist.models.stored import StoredTensors
 from cria_dist.stages.evaluate import Variant
 from cria_dist.stages.examples import model_inputs
+from cria_dist.stages.footprint import itemsize
+from cria_dist.stages.memory import SHARE, container_free
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+FLOAT32 = 4
+"""Bytes of a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,37 @@ def answer_of(model: torch.nn.Module, tokens_path: Path) -> Answer:
 
 def answer_of_variant(variant: Variant, tokens_path: Path) -> Answer:
     """Ask a variant, made in the data type its checkpoint is stored in: its weights are then those of the file."""
-    dtypes = {tensor.dtype for tensor in stored_tensors(variant.model_dir).values()}
-    stored = DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32"
-    model = variant.load(checkpoint.Numerics(stored), {"": "cpu"})
+    model = variant.load(checkpoint.Numerics(_dtype(stored_tensors(variant.model_dir).values())), {"": "cpu"})
     return answer_of(model.float(), tokens_path)
+
+
+def bytes_to_compare(directory: Path, reference: Variant) -> int:
+    """Main memory at the peak of comparing a checkpoint with its reference, beside what the bare process takes.
+
+    First the reference is there in its data type, with the tensors that pruning changed beside the dense ones; then
+    what is left of it in float32, and after it the fresh process's, which is as large.
+
+    Args:
+        directory: the checkpoint.
+        reference: what it must equal.
+    """
+    dense, ours = stored_tensors(reference.model_dir), stored_tensors(directory)
+    replaced = StoredTensors(sorted(reference.repair_dir.glob("*.safetensors"))) if reference.repair_dir else {}
+    new = [one for name, one in ours.items() if name in replaced or name not in dense or dense[name].shape != one.shape]
+    loaded = itemsize(_dtype(dense.values())) * (_count(dense.values()) + _count(new))
+    return max(loaded, FLOAT32 * _count(ours.values()))
+
+
+def usable_bytes() -> int:
+    """Main memory of this machine that may be taken now."""
+    return int(SHARE * min(psutil.virtual_memory().available, container_free()))
+
+
+def _dtype(tensors: Iterable[Stored]) -> str:
+    """The data type they are loaded in: their own where they agree."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return DTYPES.get(dtypes.pop(), "float32") if len(dtypes) == 1 else "float32"
+
+
+def _count(tensors: Iterable[Stored]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)

@@ -8,6 +8,7 @@ from cria_dist.errors import ConfigError
 from cria_dist.models.mlp import MlpFamily, ModelDict
 from cria_dist.stages import memory, schedule
 from cria_dist.stages.analyse import widest_site
+from cria_dist.stages.answers import FLOAT32, usable_bytes
 from cria_dist.stages.estimate_left import Left
 from cria_dist.stages.estimate_recover import recovery_bytes, recovery_remedies, training_workers
 from cria_dist.stages.footprint import Workload, in_units, itemsize
@@ -32,10 +33,21 @@ def to_record(config: RunConfig, work: Workload, workers: int) -> dict[str, obje
 
 
 def to_evaluate(config: RunConfig, parameters: int, prunable: int, workers: int) -> dict[str, object]:
-    """What one worker holds that measures losses: the whole model, and the maps of one that is pruned in memory."""
+    """What one worker holds that measures losses: the whole model, and the maps of one that is pruned in memory.
+
+    Then what the one that compares the result with its reference takes of this machine's main memory, in float32,
+    wherever the run computes.
+    """
+    item, available = itemsize(config.model.dtype), memory.of_machine(config, workers)
     copied = prunable if config.compare or config.prune.repair != "none" else 0
-    size = _fits((parameters + copied) * itemsize(config.model.dtype), memory.of_machine(config, workers))
-    return {"memory.evaluate": f"{size}: a worker holds the whole model, at most one per device"}
+    redone = item * (parameters + prunable) if config.prune.rounds == 1 else 0
+    compared = _fits(max(redone, FLOAT32 * parameters), usable_bytes())
+    return {
+        "memory.evaluate": f"{_fits((parameters + copied) * item, available)}: a worker holds the whole model, at most "
+        "one per device",
+        "memory.verify": f"at most {compared}: one worker's main memory, to compare the result with its reference in "
+        "float32; what does not fit is not tried",
+    }
 
 
 def to_repair(config: RunConfig, family: MlpFamily, model_config: Mapping[str, Any]) -> dict[str, object]:

@@ -1,12 +1,11 @@
 """Which programs besides transformers load a checkpoint: tried here where they are installed, else by their rules.
 
 A verdict begins with one of three words: ``equal`` (loaded here, the same numbers), ``by rule`` (the program reads
-this form, it was not tried here) or ``no``; then comes the reason.
+this form, it was not tried here, or trying it failed for another reason than the model) or ``no``; then comes the
+reason. No verdict ends a run.
 """
 
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -23,12 +22,13 @@ from cria_dist.models import checkpoint
 from cria_dist.models.attention import attention_shape
 from cria_dist.models.decilm import as_blocks, write_decilm
 from cria_dist.models.family import FAMILIES, family_of
-from cria_dist.models.gguf_file import write_gguf
+from cria_dist.models.gguf_file import check_gguf, write_gguf
 from cria_dist.models.mlp import layers_differ
 from cria_dist.models.remote_code import FILE
 from cria_dist.models.shapes import stored_tensors
 from cria_dist.stages.answers import Answer
-from cria_dist.stages.loaders_vllm import read_by_vllm, read_of
+from cria_dist.stages.fresh_process import NoAnswerError, complaint
+from cria_dist.stages.loaders_vllm import python_with_vllm, read_by_vllm, read_of
 
 Config = Mapping[str, Any]
 
@@ -43,7 +43,9 @@ VLLM_TOLERANCE = 1e-4
 REMOTE = f"by rule: {FILE} beside the weights builds the layers; nothing here ever runs it"
 ONNX = ("no: models that write text have no ONNX export", "by rule: `cria export --format onnx` writes and tries it")
 """Trying it takes as long as a small run."""
-TIMEOUT_SECONDS = 1800
+GGUF_RULE = "by rule: `cria export --format gguf` writes its form"
+DECILM_RULE = "by rule: as DeciLMForCausalLM, which `cria export --format decilm` writes, with trust_remote_code"
+STOCK_RULE = "by rule: it serves the stock class of this family, which this is"
 LLAMA_CPP = """
 import sys
 import llama_cpp
@@ -59,13 +61,13 @@ model.close()
 """What the fresh process runs: its cache in float32 (type 0), for the check is about the weights."""
 
 
-def verdicts(directory: Path, expected: Answer, vllm_python: str | None = None) -> dict[str, str]:
+def verdicts(directory: Path, expected: Answer | None, vllm_python: str | None = None) -> dict[str, str]:
     """What llama.cpp, vLLM and onnxruntime make of a checkpoint.
 
     Args:
         directory: the checkpoint.
-        expected: what it has to answer.
-        vllm_python: a Python that has vLLM.
+        expected: what it has to answer; None where it is too large to be asked, and nothing is tried.
+        vllm_python: a Python that has vLLM; default: this one, if it has.
 
     Returns:
         A verdict by program.
@@ -80,25 +82,23 @@ def verdicts(directory: Path, expected: Answer, vllm_python: str | None = None) 
     }
 
 
-def _vllm(directory: Path, config: Config, expected: Answer, python: str | None) -> str:
+def _vllm(directory: Path, config: Config, expected: Answer | None, named: str | None) -> str:
+    differ = layers_differ(config)
     if reason := _not_for_vllm(config):
         return f"no: {reason}"
-    if not layers_differ(config):
-        rule = "by rule: it serves the stock class of this family, which this is"
-        if python is None or family_of(config).takes != "tokens" or _is_too_large(directory):
-            return rule
-        return _tried_in_vllm(python, directory, expected)
     try:
-        as_blocks(config)
+        rule = DECILM_RULE if differ and as_blocks(config) else STOCK_RULE
     except ConfigError as error:
         return f"no: {error}"
-    rule = "by rule: as DeciLMForCausalLM, which `cria export --format decilm` writes, with trust_remote_code"
-    if python is None or _is_too_large(directory):
+    if expected is None or family_of(config).takes != "tokens":
         return rule
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "decilm"
-        write_decilm(directory, config, target)
-        return _tried_in_vllm(python, target, expected, "DeciLM of `cria export`, trust_remote_code")
+    try:
+        python = python_with_vllm(named)
+        if python is None or _is_too_large(directory):
+            return rule
+        return (_decilm_in_vllm if differ else _tried_in_vllm)(python, directory, expected)
+    except (ConfigError, NoAnswerError, OSError) as error:
+        return f"{rule}; trying it failed: {error}"
 
 
 def _not_for_vllm(config: Config) -> str:
@@ -113,6 +113,13 @@ def _not_for_vllm(config: Config) -> str:
     return ""
 
 
+def _decilm_in_vllm(python: str, directory: Path, expected: Answer) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "decilm"
+        write_decilm(directory, checkpoint.read_config(directory), target)
+        return _tried_in_vllm(python, target, expected, "DeciLM of `cria export`, trust_remote_code")
+
+
 def _tried_in_vllm(python: str, directory: Path, expected: Answer, export: str | None = None) -> str:
     form = export or "the stock class"
     found = read_by_vllm(python, directory, expected.tokens_T, has_our_code=export is not None)
@@ -123,20 +130,27 @@ def _tried_in_vllm(python: str, directory: Path, expected: Answer, export: str |
     return _verdict(found.best_T == ours.best_T, difference, VLLM_TOLERANCE * largest, form, "log probabilities")
 
 
-def _llama_cpp(directory: Path, config: Config, expected: Answer) -> str:
+def _llama_cpp(directory: Path, config: Config, expected: Answer | None) -> str:
     if family_of(config).takes != "tokens":
         return "no: it generates text, and this model does not"
     missing = [name for name, module in (("gguf", "gguf"), ("llama-cpp-python", "llama_cpp")) if not find_spec(module)]
-    if missing:
-        return f"by rule: `cria export --format gguf` writes its form; {missing[0]} is not installed to try it"
-    if _is_too_large(directory):
-        return "by rule: `cria export --format gguf` writes its form; too large to be tried here"
+    try:
+        check_gguf(directory)
+        if missing:
+            return f"{GGUF_RULE}; {missing[0]} is not installed to try it"
+        if expected is None or _is_too_large(directory):
+            return f"{GGUF_RULE}; too large to be tried here"
+        return _tried_in_llama_cpp(directory, expected)
+    except ConfigError as error:
+        return f"no: {error}"
+    except (NoAnswerError, OSError) as error:
+        return f"{GGUF_RULE}; trying it failed: {error}"
+
+
+def _tried_in_llama_cpp(directory: Path, expected: Answer) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        try:
-            layout = write_gguf(directory, path, float32=True)
-        except ConfigError as error:
-            return f"no: {error}"
+        layout = write_gguf(directory, path, float32=True)
         found_TV = _run_llama_cpp(path, expected.tokens_T)
     form = f"GGUF of `cria export`, architecture {layout.architecture!r}"
     if isinstance(found_TV, str):
@@ -158,11 +172,7 @@ def _run_llama_cpp(path: Path, tokens_T: np.ndarray) -> np.ndarray | str:
     tokens, logits = path.with_name("tokens.npy"), path.with_name("logits.npy")
     np.save(tokens, tokens_T)
     command = [sys.executable, "-c", LLAMA_CPP, str(path), str(tokens), str(torch.get_num_threads()), str(logits)]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env={**os.environ}, check=False
-    )
-    if run.returncode:
-        reason = (run.stderr.strip().splitlines() or [f"it ended with {run.returncode}"])[-1]
+    if reason := complaint(command):
         return f"no: llama.cpp does not load its GGUF ({reason})"
     return np.load(logits)
 

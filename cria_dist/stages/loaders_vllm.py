@@ -3,7 +3,6 @@
 vLLM pins its own torch and transformers, so that it seldom lives beside ours.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,8 +14,10 @@ import numpy as np
 import torch
 
 from cria_dist.errors import ConfigError
+from cria_dist.stages.fresh_process import complaint
 
-TIMEOUT_SECONDS = 1800
+LOOK_SECONDS = 60
+"""To see whether a Python has vLLM: nothing of it is imported."""
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # this process is the only one, and ends with its memory
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -60,17 +61,22 @@ def python_with_vllm(named: str | None) -> str | None:
     """The Python to run vLLM in: the one that is named, else this one if it has vLLM.
 
     Raises:
-        ConfigError: there is no vLLM in the one that is named.
+        ConfigError: there is no vLLM in the one that is named, or it does not start.
     """
     if named is None:
         return sys.executable if find_spec("vllm") else None
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
-        run = subprocess.run([named, "-c", look], capture_output=True, timeout=60, check=False)
+        run = subprocess.run([named, "-c", look], capture_output=True, timeout=LOOK_SECONDS, check=False)
     except OSError as error:
         raise ConfigError(
             f"run.vllm_python={named!r} cannot be started ({error.strerror}); name the python of an environment that "
             "has vLLM, or leave it out"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"run.vllm_python={named!r} does not say within {LOOK_SECONDS} s whether it has vLLM; see what "
+            f"`{named} --version` waits for, or leave it out"
         ) from error
     if run.returncode:
         raise ConfigError(f"run.vllm_python={named!r} has no vLLM; install it there, or leave it out")
@@ -85,6 +91,10 @@ def read_by_vllm(python: str, directory: Path, tokens_T: np.ndarray, has_our_cod
         directory: the checkpoint.
         tokens_T: the input.
         has_our_code: the checkpoint was written here with a configuration class beside it, which vLLM has to run.
+
+    Raises:
+        NoAnswerError: it did not come to an end.
+        OSError: the scratch folder is full, or the Python cannot be started.
     """
     with tempfile.TemporaryDirectory() as folder:
         return _read_by_vllm(python, directory, tokens_T, Path(folder), "ours" if has_our_code else "none")
@@ -93,16 +103,8 @@ def read_by_vllm(python: str, directory: Path, tokens_T: np.ndarray, has_our_cod
 def _read_by_vllm(python: str, directory: Path, tokens_T: np.ndarray, scratch: Path, code: str) -> Read | str:
     tokens, found = scratch / "tokens.npy", scratch / "vllm.npz"
     np.save(tokens, tokens_T)
-    run = subprocess.run(
-        [python, "-c", SCRIPT, str(directory), str(tokens), str(found), code],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        env={**os.environ, **ENVIRONMENT},
-        check=False,
-    )
-    if run.returncode:
-        return (run.stderr.strip().splitlines() or [f"it ended with {run.returncode}"])[-1]
+    if reason := complaint([python, "-c", SCRIPT, str(directory), str(tokens), str(found), code], ENVIRONMENT):
+        return reason
     with np.load(found, allow_pickle=False) as arrays:
         return Read(arrays["own"], arrays["best"])
 

@@ -4,7 +4,6 @@ It cannot import this package, unless the layers differ in width: no stock class
 """
 
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from cria_dist.errors import DataError
 from cria_dist.models import checkpoint
 from cria_dist.models.mlp import layers_differ
 from cria_dist.stages import loaders
-from cria_dist.stages.answers import Answer, answer_of_variant
+from cria_dist.stages.answers import Answer, answer_of_variant, bytes_to_compare, usable_bytes
 from cria_dist.stages.evaluate import Variant
-from cria_dist.stages.loaders_vllm import python_with_vllm
+from cria_dist.stages.footprint import in_units
+from cria_dist.stages.fresh_process import NoAnswerError, complaint
 
 TOLERANCE = 1e-5
-TIMEOUT_SECONDS = 1800
 
 LOADERS = {
     "stock": """
@@ -69,7 +68,7 @@ def loads_in_transformers(directory: Path, expected: Answer) -> str:
         expected: what the same model, built another way, makes of some inputs.
 
     Returns:
-        A sentence for the report.
+        A sentence for the report; where the process came to no end, that.
 
     Raises:
         DataError: the checkpoint does not load, or its logits differ.
@@ -82,12 +81,12 @@ def loads_in_transformers(directory: Path, expected: Answer) -> str:
         save_file({name: tensor.contiguous() for name, tensor in expected.inputs.items()}, given)
         loader = LOADERS[kind].replace("{stock}", checkpoint.stock_class(config).__name__)
         command = [sys.executable, "-c", loader + STRANGER, str(directory), str(given), str(logits)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": _python_path()}
-        run = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, check=False
-        )
-        if run.returncode:
-            reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": _python_path()}
+        try:
+            reason = complaint(command, environment)
+        except NoAnswerError as error:
+            return f"not tried to the end: {error}"
+        if reason:
             raise DataError(f"{directory} does not load in transformers: {reason}")
         theirs = load_file(logits)["logits"]
     difference = float(np.abs(theirs - ours).max())
@@ -132,11 +131,19 @@ class Verifier:
         self._vllm_python = vllm_python
 
     def __call__(self, export: Export) -> str:
-        """Check one checkpoint and keep the finding."""
-        expected = answer_of_variant(export.reference, self._tokens_path)
-        finding = loads_in_transformers(export.directory, expected)
+        """Check one checkpoint and keep the finding.
+
+        Raises:
+            DataError: the checkpoint does not load, or computes something else.
+        """
+        needed, usable = bytes_to_compare(export.directory, export.reference), usable_bytes()
+        expected = answer_of_variant(export.reference, self._tokens_path) if needed <= usable else None
+        if expected is None:
+            finding = f"not tried: needs {in_units(needed)} of main memory, {in_units(usable)} are free"
+        else:
+            finding = loads_in_transformers(export.directory, expected)
         others: dict[str, str] = {}
         if export.final:
-            others = loaders.verdicts(export.directory, expected, python_with_vllm(self._vllm_python))
+            others = loaders.verdicts(export.directory, expected, self._vllm_python)
         files.write_json(export.record, {"finding": finding, "others": others})
         return finding

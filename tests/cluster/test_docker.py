@@ -65,6 +65,15 @@ def test_versions_are_arguments_and_those_that_are_pinned(dockerfile: Path, ray_
         assert "--constraint constraints.txt" in rest
 
 
+def test_one_cupy_is_left(repository: Path) -> None:
+    """Ray's images have that of CUDA 12; two of them share a folder, and which one is imported is chance."""
+    commands = [rest for word, rest in instructions(repository / "docker" / "gpu.Dockerfile") if word == "RUN"]
+    [gone] = [number for number, rest in enumerate(commands) if "pip uninstall --yes cupy-cuda12x" in rest]
+    [comes] = [number for number, rest in enumerate(commands) if "gpu-cu13" in rest]
+    assert gone < comes
+    assert re.search(r"^cupy-cuda13x==14\.", (repository / "constraints.txt").read_text(), re.MULTILINE)
+
+
 def test_nobody_is_root_and_nothing_is_secret(dockerfile: Path) -> None:
     found = instructions(dockerfile)
     assert [rest for word, rest in found if word == "USER"] == ["1000"]

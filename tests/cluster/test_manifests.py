@@ -12,6 +12,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray._private import ray_constants
 
 from cria_dist import config_file
 from cria_dist.runtime import session
@@ -158,6 +159,23 @@ def test_versions_storage_and_shared_memory(
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
         assert (mounts["runs"], mounts["shm"]) == ("/mnt/cria", "/dev/shm")
+
+
+def gibibytes(quantity: str) -> float:
+    assert quantity.endswith("Gi")
+    return float(quantity.removesuffix("Gi"))
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_shared_memory_holds_the_object_store(load: Callable[[str], list[dict[str, Any]]], name: str) -> None:
+    """Where it does not, Ray puts its objects into /tmp."""
+    [document] = load(name)
+    groups = {group: pod for group, pod in pods(document) if group != "submitter"}
+    assert len(groups) > 1
+    for group, pod in groups.items():
+        [limit] = [volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm"]
+        memory = gibibytes(pod["containers"][0]["resources"]["limits"]["memory"])
+        assert gibibytes(limit) >= ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION * memory, group
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "rayjob-kueue.yaml"])

@@ -197,6 +197,9 @@ def test_a_real_model_writes_the_same_story(stories: Path, tmp_path: Path) -> No
     assert len(set(ours)) > 15
 
 
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
 def without_a_leading_space(stories: Path, target: Path) -> Path:
     """The model with its tokenizer reading text as Gemma's does: nothing is put before it, words end with a space."""
     shutil.copytree(stories, target)
@@ -215,6 +218,24 @@ def test_text_is_cut_alike(text: str, stories: Path, pico: Path, tmp_path: Path)
     for directory in (stories, pico, gemma):
         write_gguf(directory, tmp_path / "model.gguf")
         assert llama_tokens(tmp_path / "model.gguf", text) == checkpoint.load_tokenizer(directory)(text)["input_ids"]
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_ids_beyond_the_embedding_are_left_out(pieces: bool, pico: Path, tmp_path: Path) -> None:
+    """As Gemma 3's token for images, which its text models cannot read."""
+    directory = Path(shutil.copytree(pico, tmp_path / "model"))
+    described = json.loads((directory / "tokenizer.json").read_text())
+    vocabulary = int(checkpoint.read_config(pico)["vocab_size"])
+    described["added_tokens"].append({**ADDED, "id": vocabulary, "content": "<image_soft_token>"})
+    described["model"]["byte_fallback"] = pieces
+    described["model"]["vocab"] |= {"ab": vocabulary + 1}
+    described["model"]["merges"] = ["a b"]
+    (directory / "tokenizer.json").write_text(json.dumps(described))
+    write_gguf(directory, tmp_path / "model.gguf")
+    import gguf
+
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert len(fields["tokenizer.ggml.tokens"].data) == len(fields["tokenizer.ggml.token_type"].data) == vocabulary
 
 
 def test_bfloat16_stays_bfloat16(make_model: Callable[..., Path], tmp_path: Path) -> None:

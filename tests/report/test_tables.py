@@ -58,6 +58,23 @@ def test_comparison_table_puts_this_run_first_and_pairs_repair(report: Report) -
     assert printed.index("cria (this run)") < printed.index("cria, paper's score") < printed.index("magnitude")
 
 
+def test_methods_of_one_title_keep_their_numbers_and_show_what_differs(report: Report) -> None:
+    first = report.comparison[:2]
+    second = tuple(replace(one, perplexity=2 * one.perplexity) for one in first)
+    other = report.comparison[2:4]
+    options = [{"name": "cria", "neighbours": 4}, {"name": "cria", "neighbours": 8}, {"name": "random"}]
+    twice = replace(report, comparison=(*first, *second, *other), config={"compare": options})
+    _, *compared = grids.contenders(twice)
+    assert [one.name for one in compared] == [
+        "cria, paper's score, neighbours=4",
+        "cria, paper's score, neighbours=8",
+        "random",
+    ]
+    assert [(one.pruned, one.repaired) for one in compared] == [first, second, other]
+    bare = replace(twice, comparison=(first[0], second[0], other[0]))
+    assert [one.pruned for one in grids.contenders(bare)[1:]] == [first[0], second[0], other[0]]
+
+
 def test_perplexity_that_is_not_finite_is_said_so(report: Report) -> None:
     broken = replace(report, variants=(report.variants[0], replace(report.variants[1], perplexity=math.inf)))
     assert "not finite" in shown(variants_table(broken))

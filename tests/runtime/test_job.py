@@ -91,7 +91,7 @@ def test_the_same_command_twice_is_one_job_on_the_cluster(
     assert name.endswith("-1")
 
     details = client.get_job_info(name)
-    assert set(details.runtime_env or {}) == {"working_dir"}
+    assert set(details.runtime_env or {}) == {"working_dir", "excludes"}
     assert read_token() not in details.model_dump_json()
     assert read_token() not in first.output
 

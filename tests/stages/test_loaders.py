@@ -1,5 +1,6 @@
 """The verdicts on programs other than transformers: equal, by rule, or no, each with its reason."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from cria_dist.models import checkpoint, gguf_families, gguf_layout
 from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery, write_pruned
 from cria_dist.report.writer import report_from_json
-from cria_dist.stages import loaders
+from cria_dist.stages import fresh_process, loaders
 from cria_dist.stages.answers import answer_of
 from cria_dist.stages.loaders import verdicts
 from tests.conftest import FinishedRun
@@ -89,6 +90,49 @@ def test_what_is_not_installed_or_too_large_is_by_rule(
     assert asked(pico, tokens)["llama.cpp"].endswith("too large to be tried here")
     monkeypatch.setattr(loaders, "find_spec", lambda name: None if name == "llama_cpp" else True)
     assert asked(pico, tokens)["llama.cpp"].endswith("llama-cpp-python is not installed to try it")
+
+
+def refused(what: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A model whose export says no, by its config or by its tokenizer."""
+    if what == "config":
+        return make_model(tmp_path / "model", hidden_act="gelu")
+    directory = make_model(tmp_path / "model")
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": {"type": "Whitespace"}}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("config", "no: hidden_act='gelu': llama.cpp computes 'silu'"), ("tokenizer", "no: the tokenizer cuts text by ")],
+)
+def test_what_the_export_refuses_is_no_wherever_it_is_asked(
+    what: str, reason: str, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = refused(what, make_model, tmp_path)
+    assert verdicts(directory, None)["llama.cpp"].startswith(reason)  # too large
+    for place in ("cria_dist.stages.loaders.find_spec", "cria_dist.models.gguf_file.find_spec"):
+        monkeypatch.setattr(place, lambda name: None)
+    assert verdicts(directory, None)["llama.cpp"].startswith(reason)  # not installed
+
+
+def test_a_program_that_comes_to_no_end_is_by_rule(pico: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh_process, "TIMEOUT_SECONDS", 0.01)
+    found = asked(pico, tokens)["llama.cpp"]
+    assert found == f"{loaders.GGUF_RULE}; trying it failed: no answer within 0 s"
+
+
+def test_a_full_disk_is_by_rule(pico: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answer_of(checkpoint.from_pretrained(pico, dtype=torch.float32), tokens)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr(loaders, "python_with_vllm", lambda named: "python")
+    found = verdicts(pico, expected)
+    for program, rule in (("llama.cpp", loaders.GGUF_RULE), ("vLLM", loaders.STOCK_RULE)):
+        assert found[program] == f"{rule}; trying it failed: [Errno 28] No space left on device"
 
 
 def test_models_without_text_have_onnx(pico_vit: Path, tmp_path: Path) -> None:

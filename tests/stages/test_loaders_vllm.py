@@ -13,6 +13,7 @@ from cria_dist.errors import ConfigError
 from cria_dist.models import checkpoint
 from cria_dist.models.family import family_of
 from cria_dist.models.surgery import Surgery, write_pruned
+from cria_dist.stages import fresh_process, loaders, loaders_vllm
 from cria_dist.stages.answers import Answer, answer_of
 from cria_dist.stages.loaders import verdicts
 from cria_dist.stages.loaders_vllm import python_with_vllm
@@ -92,6 +93,27 @@ def test_a_python_without_vllm_is_an_error_before_the_run(tmp_path: Path, pico: 
         python_with_vllm(sys.executable)
     with pytest.raises(ConfigError, match=r"run\.vllm_python='/no/python' cannot be started \(No such file"):
         python_with_vllm("/no/python")
+
+
+def test_a_python_that_does_not_come_to_an_answer(
+    pico: Path, expected: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the run that is an error; at its end, on another node, a word in the report."""
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(loaders_vllm, "LOOK_SECONDS", 0.1)
+    with pytest.raises(ConfigError, match=r"run\.vllm_python='.*' does not say within 0\.1 s .* or leave it out"):
+        python_with_vllm(str(sleeper))
+    found = verdicts(pico, expected, str(sleeper))["vLLM"]
+    assert found.startswith(f"{loaders.STOCK_RULE}; trying it failed: run.vllm_python=")
+
+
+def test_a_try_that_comes_to_no_end_is_by_rule(
+    pico: Path, expected: Answer, stand_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fresh_process, "TIMEOUT_SECONDS", 0.01)
+    assert verdicts(pico, expected, stand_in)["vLLM"].endswith("; trying it failed: no answer within 0 s")
 
 
 @pytest.mark.skipif("VLLM_PYTHON" not in os.environ, reason="VLLM_PYTHON names no Python that has vLLM")
