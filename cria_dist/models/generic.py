@@ -116,7 +116,7 @@ def unlike_layers(config: ModelDict) -> str:
     Blocks of such layers cannot be run by themselves, nor the layers be numbered anew.
     """
     try:
-        settings = parsed(config)
+        settings = parsed({"model_type": None, **config})
     except (ValueError, KeyError):  # transformers does not know the architecture
         return ""
     keys = [key for key in MORE_THAN_STACKED if getattr(settings, key, 0)]
